@@ -1,0 +1,1 @@
+"""The patterns as PydanticAI agents with typed outputs. No Restate calls here."""

@@ -1,0 +1,105 @@
+"""`durable.app`: the one line that hosts handlers so that agents in them are durable.
+
+It is `restate.app` with every handler wrapped. The wrapper knows when handler code runs and when a
+step's body runs, and it turns a request that does not fit the handler's input type into a 400 that
+names the field: restate-sdk alone answers 500.
+"""
+
+from collections.abc import Awaitable, Callable, Iterable
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Any, TypeVar
+
+import restate
+from pydantic import ValidationError
+from restate import Service, TerminalError, VirtualObject, Workflow
+from restate.serde import Serde
+
+from durable._context import Invocation, handler_scope, step_scope
+from durable._sdk import Handler, ServerInvocationContext
+
+ServiceT = TypeVar("ServiceT", Service, VirtualObject, Workflow)
+
+
+def app(services: Iterable[Service | VirtualObject | Workflow], **options: Any) -> Any:
+    """Build the ASGI application that hosts `services`, with durable agents in their handlers.
+
+    Takes the place of `restate.app`; handlers that run no agent behave as they do there, except
+    that input which does not fit their type is answered with 400 instead of 500.
+
+    Args:
+        services: The services, virtual objects and workflows to host. They are not changed.
+        options: What `restate.app` takes: `protocol`, `identity_keys`, `journal_value_codec`.
+
+    Returns:
+        An ASGI application for any server with HTTP/2, or an AWS Lambda handler when on Lambda.
+    """
+    return restate.app([_hosted(service) for service in services], **options)
+
+
+def _hosted(service: ServiceT) -> ServiceT:
+    hosted = copy(service)
+    hosted.handlers = {name: _wrap(handler) for name, handler in service.handlers.items()}
+    return hosted
+
+
+def _wrap(handler: Handler[Any, Any]) -> Handler[Any, Any]:
+    io = replace(handler.handler_io, input_serde=_InputSerde(handler.handler_io.input_serde))
+
+    @wraps(handler.fn)
+    async def run(context: ServerInvocationContext, *arguments: Any) -> Any:
+        for argument in arguments:
+            if isinstance(argument, _BadInput):
+                raise TerminalError(argument.message, status_code=400) from argument.error
+        _mark_steps(context)
+        with handler_scope(Invocation(context=context)):
+            return await handler.fn(context, *arguments)
+
+    return replace(handler, fn=run, handler_io=io)
+
+
+def _mark_steps(context: ServerInvocationContext) -> None:
+    """Make every `ctx.run` of this invocation, the user's own too, execute its body in a step scope."""
+    execute = context.create_run_coroutine
+
+    async def execute_in_step(*args: Any, **kwargs: Any) -> None:
+        with step_scope():
+            await execute(*args, **kwargs)
+
+    context.create_run_coroutine = execute_in_step
+
+
+@dataclass(frozen=True)
+class _BadInput:
+    """A request body that could not be read, carried past the SDK, which would answer 500."""
+
+    message: str
+    error: Exception
+
+
+class _InputSerde(Serde[Any]):
+    """Reads a handler's input, with what is wrong with it as a value instead of an exception."""
+
+    def __init__(self, inner: Serde[Any]) -> None:
+        self._inner = inner
+
+    def deserialize(self, buf: bytes) -> Any:
+        try:
+            return self._inner.deserialize(buf)
+        except ValidationError as error:
+            return _BadInput(_describe(error), error)
+        except Exception as error:  # noqa: BLE001 - a serde may raise anything; the caller gets a 400
+            return _BadInput(f"The request body could not be read: {error}", error)
+
+    def serialize(self, obj: Any) -> bytes:
+        return self._inner.serialize(obj)
+
+
+def _describe(error: ValidationError) -> str:
+    """List what is wrong field by field, without the values: they may be secret or huge."""
+    problems = [
+        f"`{'.'.join(map(str, problem['loc'])) or 'body'}`: {problem['msg']}"
+        for problem in error.errors(include_url=False, include_input=False, include_context=False)
+    ]
+    return f"The request does not fit `{error.title}`: {'; '.join(problems)}."

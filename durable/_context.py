@@ -1,0 +1,100 @@
+"""Where am I: in handler code, inside a step, or outside Restate altogether?
+
+The three answers decide what an agent does. In handler code its operations become journaled steps.
+Inside a step the code already runs in a `ctx.run`, which cannot be nested, so an agent called there
+runs as a plain agent. Outside a handler everything is plain PydanticAI.
+
+`durable.app` sets the answer when a handler starts and around each step's body; it is a context
+variable, so tasks and threads started from either inherit it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from itertools import count
+
+from pydantic_ai.exceptions import UserError
+from restate import Context
+from restate.extensions import current_context
+
+
+@dataclass(kw_only=True)
+class Invocation:
+    """One attempt of one Restate invocation hosted by `durable.app`."""
+
+    context: Context
+    """The Restate context that the handler received."""
+
+    run_numbers: Iterator[int] = field(default_factory=count)
+    """Numbers the agent runs of this invocation in the order they start: the same on every replay."""
+
+
+_invocation: ContextVar[Invocation | None] = ContextVar("durable.invocation", default=None)
+_in_step: ContextVar[bool] = ContextVar("durable.in_step", default=False)
+
+
+def current_invocation() -> Invocation | None:
+    """Return the invocation whose handler code is running, `None` inside a step or outside.
+
+    Raises:
+        UserError: In a Restate handler that `durable.app` does not host, where steps could neither
+            run in parallel nor be told from handler code.
+    """
+    if _in_step.get():
+        return None
+    invocation = _invocation.get()
+    if invocation is None and _sdk_context() is not None:
+        raise UserError(
+            "An agent with `RestateDurability` runs in a Restate handler that `durable.app` does not "
+            "host. Build the application with `app = durable.app([...services])` instead of "
+            "`restate.app([...services])`; everything else stays as it is."
+        )
+    return invocation
+
+
+def restate_context() -> Context:
+    """Return the Restate context of the handler that is running.
+
+    For tools that orchestrate: they run in handler code (`metadata={"restate": False}`) and use the
+    context to sleep, to call services or to wait for awakeables.
+
+    Raises:
+        UserError: Outside a handler, or inside a step, where Restate's context must not be used.
+    """
+    invocation = current_invocation()
+    if invocation is not None:
+        return invocation.context
+    if _in_step.get():
+        raise UserError(
+            "`restate_context()` was called inside a step (`ctx.run`), where the Restate context "
+            'cannot be used. Give the tool `metadata={"restate": False}` so that it runs in handler code.'
+        )
+    raise UserError("`restate_context()` was called outside a Restate handler.")
+
+
+@contextmanager
+def handler_scope(invocation: Invocation) -> Iterator[None]:
+    """Mark the running task as handler code of `invocation`."""
+    token = _invocation.set(invocation)
+    try:
+        yield
+    finally:
+        _invocation.reset(token)
+
+
+@contextmanager
+def step_scope() -> Iterator[None]:
+    """Mark the running task as the body of a step."""
+    token = _in_step.set(True)
+    try:
+        yield
+    finally:
+        _in_step.reset(token)
+
+
+def _sdk_context() -> Context | None:
+    try:
+        return current_context()
+    except LookupError:  # outside a handler; the SDK's annotation says it would return `None`
+        return None

@@ -1,0 +1,1 @@
+"""pydantic-evals datasets and evaluators, one file per pattern."""

@@ -1,0 +1,1 @@
+"""Restate services, one per pattern. The list below is the architecture."""
