@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import restate
 from pydantic import ValidationError
@@ -17,12 +17,13 @@ from restate import Service, TerminalError, VirtualObject, Workflow
 from restate.serde import Serde
 
 from durable._context import Invocation, handler_scope, step_scope
+from durable._errors import handler_failure
 from durable._sdk import Handler, ServerInvocationContext
 
-ServiceT = TypeVar("ServiceT", Service, VirtualObject, Workflow)
+AnyService = Service | VirtualObject | Workflow
 
 
-def app(services: Iterable[Service | VirtualObject | Workflow], **options: Any) -> Any:
+def app(services: Iterable[AnyService], **options: Any) -> Any:
     """Build the ASGI application that hosts `services`, with durable agents in their handlers.
 
     Takes the place of `restate.app`; handlers that run no agent behave as they do there, except
@@ -38,23 +39,31 @@ def app(services: Iterable[Service | VirtualObject | Workflow], **options: Any) 
     return restate.app([_hosted(service) for service in services], **options)
 
 
-def _hosted(service: ServiceT) -> ServiceT:
+def _hosted(service: AnyService) -> AnyService:
     hosted = copy(service)
-    hosted.handlers = {name: _wrap(handler) for name, handler in service.handlers.items()}
+    handlers: dict[str, Handler[Any, Any]] = cast(Any, service).handlers
+    hosted.handlers = {name: _wrap(handler) for name, handler in handlers.items()}
     return hosted
 
 
 def _wrap(handler: Handler[Any, Any]) -> Handler[Any, Any]:
     io = replace(handler.handler_io, input_serde=_InputSerde(handler.handler_io.input_serde))
 
-    @wraps(handler.fn)
+    handle: Callable[..., Awaitable[Any]] = handler.fn
+
+    @wraps(handle)
     async def run(context: ServerInvocationContext, *arguments: Any) -> Any:
         for argument in arguments:
             if isinstance(argument, _BadInput):
                 raise TerminalError(argument.message, status_code=400) from argument.error
         _mark_steps(context)
         with handler_scope(Invocation(context=context)):
-            return await handler.fn(context, *arguments)
+            try:
+                return await handle(context, *arguments)
+            except Exception as error:
+                if (failure := handler_failure(error)) is not None:
+                    raise failure from error
+                raise
 
     return replace(handler, fn=run, handler_io=io)
 

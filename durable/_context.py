@@ -8,7 +8,7 @@ runs as a plain agent. Outside a handler everything is plain PydanticAI.
 variable, so tasks and threads started from either inherit it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -74,7 +74,7 @@ def restate_context() -> Context:
 
 
 @contextmanager
-def handler_scope(invocation: Invocation) -> Iterator[None]:
+def handler_scope(invocation: Invocation) -> Generator[None]:
     """Mark the running task as handler code of `invocation`."""
     token = _invocation.set(invocation)
     try:
@@ -84,7 +84,7 @@ def handler_scope(invocation: Invocation) -> Iterator[None]:
 
 
 @contextmanager
-def step_scope() -> Iterator[None]:
+def step_scope() -> Generator[None]:
     """Mark the running task as the body of a step."""
     token = _in_step.set(True)
     try:

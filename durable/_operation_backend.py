@@ -4,28 +4,17 @@ Model requests, tool calls, MCP I/O, toolset discovery, event handlers and capab
 arrive here as a name and a body. On replay the journal answers and the body does not run.
 """
 
-import json
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from pydantic_ai.durable_exec import DurableOperationId, JournalCallableOperationBackend
-from restate import RunOptions
-from restate.serde import Serde
+from pydantic_core import from_json, to_json
+from restate import RunOptions, TerminalError
+from restate.serde import BytesSerde
 
 from durable._context import restate_context
-
-
-class JsonSerde(Serde[Any]):
-    """Journals what the JSON codec made of a result. Unlike the SDK's, it stores `None` as `null`."""
-
-    def serialize(self, obj: Any) -> bytes:
-        return json.dumps(obj, ensure_ascii=False, separators=(",", ":")).encode()
-
-    def deserialize(self, buf: bytes) -> Any:
-        return json.loads(buf)
-
-
-JSON_SERDE = JsonSerde()
+from durable._errors import original_error, step_failure
 
 
 class RestateOperationBackend(JournalCallableOperationBackend[RunOptions[Any]]):
@@ -48,10 +37,27 @@ class RestateOperationBackend(JournalCallableOperationBackend[RunOptions[Any]]):
             body: The work, with its result already reduced to JSON.
             cache_key: Not used: Restate's journal is positional.
             config: Retry options of the step.
+
+        Raises:
+            Exception: The original exception of a step that failed for good, also on replay.
+            TerminalError: When the step's retries are used up, or its exception is not PydanticAI's.
         """
         del operation_id, cache_key
 
-        async def step() -> object:
-            return await body()
+        async def step() -> bytes:
+            try:
+                result = await body()
+            except Exception as error:
+                raise step_failure(error, name) from error
+            return to_json(result)
 
-        return await restate_context().run_typed(name, step, config)
+        try:
+            journaled = await restate_context().run_typed(name, step, replace(config, serde=_BYTES))
+        except TerminalError as failure:
+            if (error := original_error(failure)) is not None:
+                raise error from failure
+            raise
+        return from_json(journaled)
+
+
+_BYTES = BytesSerde()

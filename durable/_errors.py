@@ -1,0 +1,228 @@
+"""Which failures end a run, which are retried, and when.
+
+Restate retries everything that is not a `TerminalError`. An agent's failures are of two kinds: those
+that a later attempt can heal (a refused connection, a 503, a rate limit) and those that it repeats
+word for word (a wrong API key, a usage limit, output that never validates). One table, `VERDICTS`,
+tells them apart; an exception is looked up by its closest base class in it.
+
+    failure in a step ── retried ──> `RetryableError`, after the delay the provider asked for
+                     └── hopeless ─> `TerminalError`, journaled with what is needed to rebuild the
+                                     original exception, which handler code then sees
+    failure that leaves the handler ── hopeless ─> `TerminalError` for the caller, with a status
+                                   └── else ─────> Restate's retry policy
+
+Messages carry no response bodies and no headers: they are stored in the journal and sent to callers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, cast
+
+from pydantic_ai import exceptions as pai
+from pydantic_core import from_json, to_json, to_jsonable_python
+from restate import TerminalError
+from restate.exceptions import RetryableError
+
+METADATA_KEY = "pydantic_ai.error"
+"""Key of a journaled failure's metadata that holds the original exception."""
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """The run ends at once; the caller gets `status`."""
+
+    status: int
+
+
+@dataclass(frozen=True)
+class Retry:
+    """The step runs again, at the pace of its retry options or after the provider's `retry_after`."""
+
+
+RETRY = Retry()
+
+VERDICTS: Mapping[type[BaseException], Terminal | Retry] = {
+    # the agent or its configuration
+    pai.UserError: Terminal(500),
+    pai.UsageLimitExceeded: Terminal(429),
+    pai.UnexpectedModelBehavior: Terminal(502),
+    pai.ContentFilterError: Terminal(422),
+    pai.RunCancelled: Terminal(409),
+    pai.RunTimedOut: Terminal(504),
+    pai.SuspendedResponseExpired: Terminal(410),
+    pai.ConcurrencyLimitExceeded: RETRY,
+    pai.AgentRunError: Terminal(500),
+    # the provider
+    pai.ModelAPIError: RETRY,
+    pai.ModelHTTPError: Terminal(502),  # without a category: see `verdict` for its status
+    pai.ModelRateLimitError: RETRY,
+    pai.ModelQuotaExceededError: Terminal(503),
+    pai.ModelUnavailableError: RETRY,
+    pai.ModelServerError: RETRY,
+    pai.ModelConnectionError: RETRY,
+    pai.ModelRequestTimeout: RETRY,
+    pai.ModelRequestRejectedError: Terminal(502),
+    pai.ModelContextWindowExceededError: Terminal(413),
+    pai.FallbackExceptionGroup: Terminal(502),  # see `verdict`: retried while one model may recover
+    # control flow that PydanticAI turns into values; outside a tool call it is a mistake in the code
+    pai.ModelRetry: Terminal(500),
+    pai.ToolFailed: Terminal(500),
+    pai.ApprovalRequired: Terminal(500),
+    pai.CallDeferred: Terminal(500),
+    pai.SkipModelRequest: Terminal(500),
+    pai.RetryModelRequest: Terminal(500),
+    pai.SkipToolValidation: Terminal(500),
+    pai.SkipToolExecution: Terminal(500),
+    pai.ToolRetryError: Terminal(500),
+    pai.ToolFailedError: Terminal(500),
+}
+
+
+def verdict(error: BaseException) -> Terminal | Retry | None:
+    """Look up what happens after `error`, `None` if it is not PydanticAI's.
+
+    A provider's error without a category is judged by its HTTP status: 408, 409, 425, 429 and 5xx are
+    retried. A group of errors from fallback models is retried as long as one of them may recover.
+    """
+    if isinstance(error, pai.FallbackExceptionGroup):
+        members = cast("tuple[Exception, ...]", error.exceptions)
+        if any(isinstance(verdict(member), Retry) for member in members):
+            return RETRY
+    found = next((VERDICTS[base] for base in type(error).__mro__ if base in VERDICTS), None)
+    if type(error) is pai.ModelHTTPError and (
+        error.status_code >= 500 or error.status_code in {408, 409, 425, 429}
+    ):
+        return RETRY
+    return found
+
+
+def retry_after(error: BaseException) -> timedelta | None:
+    """Return how long the provider asked to wait: the longest among the errors of a fallback group."""
+    if isinstance(error, pai.FallbackExceptionGroup):
+        waits = [retry_after(member) for member in cast("tuple[Exception, ...]", error.exceptions)]
+        return max((wait for wait in waits if wait is not None), default=None)
+    seconds = error.retry_after if isinstance(error, pai.ModelAPIError) else None
+    return None if seconds is None else timedelta(seconds=seconds)
+
+
+def step_failure(error: Exception, step: str) -> Exception:
+    """Return what the step `step` raises for `error`, so that Restate does what the table says."""
+    if isinstance(error, (TerminalError, RetryableError)):
+        return error
+    found = verdict(error)
+    if isinstance(found, Terminal):
+        return TerminalError(
+            f"{describe(error)} (step `{step}`)",
+            status_code=found.status,
+            metadata={METADATA_KEY: to_json(_encode(error)).decode()},
+        )
+    if isinstance(found, Retry):
+        return RetryableError(describe(error), status_code=503, retry_after=retry_after(error))
+    return error
+
+
+def not_serializable(error: Exception) -> pai.UserError:
+    """Return the error of a result that cannot be stored: no retry would heal it."""
+    return pai.UserError(
+        f"The result cannot be stored in the journal as JSON: {error}. Return what Pydantic can "
+        "serialize: built-in types, dataclasses, models, `BinaryContent`."
+    )
+
+
+def original_error(failure: TerminalError) -> Exception | None:
+    """Rebuild the exception that `step_failure` journaled, `None` if `failure` holds none."""
+    encoded = (failure.metadata or {}).get(METADATA_KEY)
+    return None if encoded is None else _decode(from_json(encoded))
+
+
+def handler_failure(error: Exception) -> TerminalError | None:
+    """Return the `TerminalError` for a hopeless `error` that leaves a handler, `None` to let it pass.
+
+    Looks along the chain of `__cause__`, as restate-sdk does for its own errors.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, (TerminalError, RetryableError)):
+            return None  # the SDK knows what to do
+        if isinstance(found := verdict(cause), Terminal):
+            return TerminalError(describe(cause), status_code=found.status)
+        cause = cause.__cause__
+    return None
+
+
+def describe(error: BaseException) -> str:
+    """Say what happened, without the provider's body and headers."""
+    name = type(error).__name__
+    if isinstance(error, pai.FallbackExceptionGroup):
+        members = cast("tuple[Exception, ...]", error.exceptions)
+        return f"{name}: all models failed: {'; '.join(map(describe, members))}"
+    if isinstance(error, pai.ModelHTTPError):
+        code = error.provider_error_code or error.provider_error_type
+        reason = f" ({code})" if code else ""
+        return f"{name}: model `{error.model_name}` answered {error.status_code}{reason}"
+    if isinstance(error, pai.UnexpectedModelBehavior):
+        return f"{name}: {error.message}"  # `str` would add the body
+    return f"{name}: {error}"
+
+
+def _encode(error: BaseException) -> dict[str, Any]:
+    encoded: dict[str, Any] = {"type": type(error).__name__, "message": describe(error)}
+    if isinstance(error, pai.FallbackExceptionGroup):
+        encoded["errors"] = [
+            _encode(member) for member in cast("tuple[Any, ...]", error.exceptions)
+        ]
+    elif isinstance(error, pai.ModelHTTPError):
+        encoded["status_code"] = error.status_code
+    if isinstance(error, pai.ModelAPIError):
+        names = (
+            "model_name",
+            "provider_error_code",
+            "provider_error_type",
+            "retry_after",
+            "timeout",
+        )
+        fields = {name: getattr(error, name, None) for name in names}
+        encoded["fields"] = to_jsonable_python(fields, fallback=str)
+    return encoded
+
+
+def _decode(encoded: dict[str, Any]) -> Exception | None:
+    """Build the exception without its constructor: each has its own, and the message is already made."""
+    error_type = getattr(pai, encoded["type"], None)
+    if not (isinstance(error_type, type) and issubclass(error_type, Exception)):
+        return None
+    message: str = encoded["message"]
+    if issubclass(error_type, pai.FallbackExceptionGroup):
+        errors = [_decode(member) for member in encoded["errors"]]
+        return error_type(message, [error for error in errors if error is not None])
+    fields: dict[str, Any] = encoded.get("fields", {})
+    if "status_code" in encoded:
+        return _http_error(error_type, encoded["status_code"], fields, message)
+    error = error_type.__new__(error_type)
+    error.args = (message,)
+    defaults = {
+        "message": message,
+        "body": None,
+        "in_stream": False,
+        "phase": None,
+        "setting": "request_timeout",
+    }
+    vars(error).update(defaults | fields)
+    return error
+
+
+def _http_error(
+    category: type[Exception], status_code: int, fields: dict[str, Any], message: str
+) -> Exception:
+    error = pai.ModelHTTPError.for_category(
+        None if category is pai.ModelHTTPError else cast(Any, category),
+        status_code=status_code,
+        model_name=fields["model_name"],
+        provider_error_code=fields["provider_error_code"],
+        provider_error_type=fields["provider_error_type"],
+        retry_after=fields["retry_after"],
+    )
+    error.message = message
+    error.args = (message,)
+    return error
