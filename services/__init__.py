@@ -1,1 +1,14 @@
-"""Restate services, one per pattern. The list below is the architecture."""
+"""Restate services, one per pattern. The list below is the architecture.
+
+`services:app` is plain ASGI: `hypercorn services:app` serves it, as does `python -m services`.
+"""
+
+import durable
+from agents.models import DEFAULT_MODEL
+from services.chaining import call_chaining
+from services.routing import routing
+
+# A wrong configuration ends the server at its start instead of each request at its first step.
+DEFAULT_MODEL.check()
+
+app = durable.app([call_chaining, routing])

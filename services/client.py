@@ -1,0 +1,159 @@
+"""Example client: posts each pattern's example inputs to Restate and prints the typed answers.
+
+    python -m services.client routing --ingress http://127.0.0.1:8080 --idempotency-key demo-1
+
+With the same idempotency key the second call executes nothing and gets the first one's answers.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+from pydantic import BaseModel, ValidationError
+from rich.console import Console
+from rich.pretty import Pretty
+
+from services.chaining import CallChainingRequest, CallChainingResponse
+from services.routing import EXAMPLE_TICKETS, RoutingRequest, RoutingResponse
+
+DEFAULT_INGRESS = "http://127.0.0.1:8080"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pattern:
+    """One agent pattern as a client sees it."""
+
+    service: str
+    """Name of the Restate service; its handler is `run`."""
+
+    examples: Sequence[BaseModel]
+    """Requests to try it with."""
+
+    response_type: type[BaseModel]
+    """What the service answers."""
+
+
+PATTERNS = {
+    "chaining": Pattern(
+        service="CallChainingService",
+        examples=[CallChainingRequest()],
+        response_type=CallChainingResponse,
+    ),
+    "routing": Pattern(
+        service="RoutingService",
+        examples=[RoutingRequest(ticket=ticket) for ticket in EXAMPLE_TICKETS],
+        response_type=RoutingResponse,
+    ),
+}
+
+
+class ClientError(Exception):
+    """A call that did not work; the message is for the person at the terminal."""
+
+
+def call(
+    client: httpx2.Client,
+    pattern: Pattern,
+    request: BaseModel,
+    *,
+    idempotency_key: str | None = None,
+) -> Any:
+    """Run `pattern` on `request` and wait for its answer.
+
+    Args:
+        client: A client whose base URL is the ingress.
+        pattern: What to run.
+        request: One of the pattern's requests.
+        idempotency_key: Calls with the same key execute once; all of them get the same answer.
+
+    Returns:
+        An instance of the pattern's response type.
+
+    Raises:
+        ClientError: The ingress is not reachable, or answered with an error.
+    """
+    headers = {"content-type": "application/json"}
+    if idempotency_key is not None:
+        headers["idempotency-key"] = idempotency_key
+    path = f"/{pattern.service}/run"
+    try:
+        answer = client.post(path, content=request.model_dump_json(), headers=headers)
+    except httpx2.TransportError as error:
+        raise ClientError(
+            f"No answer from the ingress at {client.base_url} ({type(error).__name__}: {error}). "
+            "Is restate-server running? `durable dev services:app` starts it with the services."
+        ) from error
+    if not answer.is_success:
+        raise ClientError(f"{path} answered {answer.status_code}: {_error_message(answer)}")
+    try:
+        return pattern.response_type.model_validate_json(answer.content)
+    except ValidationError as error:
+        raise ClientError(f"{path} answered something else than it should: {error}") from error
+
+
+def _error_message(answer: httpx2.Response) -> str:
+    """Return Restate's message; whatever else is between here and there answers in its own way."""
+    try:
+        return str(answer.json()["message"])
+    except (ValueError, KeyError, TypeError):
+        return answer.text.strip() or "(no message)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `python -m services.client`.
+
+    Args:
+        argv: The arguments, by default those of the command line.
+
+    Returns:
+        The exit code: 0 when every example was answered.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m services.client", description="Run the patterns on their example inputs."
+    )
+    parser.add_argument("pattern", nargs="?", choices=sorted(PATTERNS), help="default: all of them")
+    parser.add_argument(
+        "--ingress", default=DEFAULT_INGRESS, metavar="URL", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--idempotency-key", metavar="KEY", help="execute each example at most once under this key"
+    )
+    arguments = parser.parse_args(argv)
+    names = [arguments.pattern] if arguments.pattern else list(PATTERNS)
+    console = Console()
+    # No read timeout: an agent may take minutes, and a durable one as long as it wants.
+    timeout = httpx2.Timeout(None, connect=5)
+    try:
+        with httpx2.Client(base_url=arguments.ingress, timeout=timeout) as client:
+            for name in names:
+                _run_examples(client, name, key=arguments.idempotency_key, console=console)
+    except ClientError as error:
+        Console(stderr=True).print(f"Error: {error}", style="red", markup=False, highlight=False)
+        return 1
+    return 0
+
+
+def _run_examples(client: httpx2.Client, name: str, *, key: str | None, console: Console) -> None:
+    pattern = PATTERNS[name]
+    for number, request in enumerate(pattern.examples, start=1):
+        console.rule(f"{pattern.service}, example {number}")
+        console.print(Pretty(request))
+        started = time.perf_counter()
+        with console.status("waiting for the agents"):
+            response = call(
+                client,
+                pattern,
+                request,
+                idempotency_key=f"{key}-{name}-{number}" if key is not None else None,
+            )
+        seconds = time.perf_counter() - started
+        console.print(Pretty(response))
+        console.print(f"{seconds:.1f} s", style="dim")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
