@@ -5,7 +5,7 @@ step's body runs, and it turns a request that does not fit the handler's input t
 names the field: restate-sdk alone answers 500.
 """
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from restate import Service, TerminalError, VirtualObject, Workflow
 from restate.serde import Serde
 
-from durable._context import Invocation, handler_scope, step_scope
+from durable._context import Invocation, handler_scope
+from durable._driver import Driver
 from durable._errors import handler_failure
 from durable._sdk import Handler, ServerInvocationContext
 
@@ -49,34 +50,22 @@ def _hosted(service: AnyService) -> AnyService:
 def _wrap(handler: Handler[Any, Any]) -> Handler[Any, Any]:
     io = replace(handler.handler_io, input_serde=_InputSerde(handler.handler_io.input_serde))
 
-    handle: Callable[..., Awaitable[Any]] = handler.fn
+    handle: Callable[..., Coroutine[Any, Any, Any]] = cast(Any, handler.fn)
 
     @wraps(handle)
     async def run(context: ServerInvocationContext, *arguments: Any) -> Any:
         for argument in arguments:
             if isinstance(argument, _BadInput):
                 raise TerminalError(argument.message, status_code=400) from argument.error
-        _mark_steps(context)
         with handler_scope(Invocation(context=context)):
             try:
-                return await handle(context, *arguments)
+                return await Driver(context).run(handle(context, *arguments))
             except Exception as error:
                 if (failure := handler_failure(error)) is not None:
                     raise failure from error
                 raise
 
     return replace(handler, fn=run, handler_io=io)
-
-
-def _mark_steps(context: ServerInvocationContext) -> None:
-    """Make every `ctx.run` of this invocation, the user's own too, execute its body in a step scope."""
-    execute = context.create_run_coroutine
-
-    async def execute_in_step(*args: Any, **kwargs: Any) -> None:
-        with step_scope():
-            await execute(*args, **kwargs)
-
-    context.create_run_coroutine = execute_in_step
 
 
 @dataclass(frozen=True)

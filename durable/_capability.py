@@ -89,8 +89,8 @@ class RestateDurability(BaseDurabilityCapability[AgentDepsT]):
             "mcp": "enter-in-durable-unit",
             "dynamic": "enter-never",
         },
-        # Two tasks cannot await the SDK's futures at the same time: they steal each other's wake-ups.
-        sequential_tools_in_durable_context=True,
+        # In any of PydanticAI's modes the driver keeps parallel tool calls in one order on every replay.
+        sequential_tools_in_durable_context=False,
         unsupported_runtime_toolset_kinds=frozenset({"function", "mcp", "dynamic"}),
         tool_config_key="restate",
     )

@@ -18,6 +18,8 @@ from pydantic_ai.exceptions import UserError
 from restate import Context
 from restate.extensions import current_context
 
+from durable._sdk import disable_threads
+
 
 @dataclass(kw_only=True)
 class Invocation:
@@ -75,21 +77,23 @@ def restate_context() -> Context:
 
 @contextmanager
 def handler_scope(invocation: Invocation) -> Generator[None]:
-    """Mark the running task as handler code of `invocation`."""
-    token = _invocation.set(invocation)
+    """Mark the running task as handler code of `invocation`, where threads cannot be used."""
+    token, threads = _invocation.set(invocation), disable_threads.set(True)
     try:
         yield
     finally:
+        disable_threads.reset(threads)
         _invocation.reset(token)
 
 
 @contextmanager
 def step_scope() -> Generator[None]:
-    """Mark the running task as the body of a step."""
-    token = _in_step.set(True)
+    """Mark the running task as the body of a step, where sync functions run in threads again."""
+    token, threads = _in_step.set(True), disable_threads.set(False)
     try:
         yield
     finally:
+        disable_threads.reset(threads)
         _in_step.reset(token)
 
 

@@ -1,13 +1,48 @@
-"""The one door to private names of restate-sdk.
+"""The one door to private names of restate-sdk, pydantic-ai and asyncio.
 
-Everything this project touches that restate-sdk does not document is imported here and nowhere
-else (`tests/unit/test_conventions.py` checks it), for the pinned range in `pyproject.toml`. A new
-release of the SDK is a matter of this file and the modules that say `from durable._sdk import`.
+Everything undocumented that this project touches is imported here and nowhere else
+(`tests/unit/test_conventions.py` checks it), for the pinned ranges in `pyproject.toml`. What is used
+without an import is listed here too, so that a new release is a matter of this page:
 
-Verified with restate-sdk 1.3.0 on 2026-11-22.
+- `ServerInvocationContext`: `vm`, `receive`, `tasks`, `run_coros_to_execute`,
+  `create_poll_or_cancel_coroutine`, `create_run_coroutine`, `take_and_send_output`, replaced per
+  invocation by `durable._driver`
+- `asyncio.Handle._run`, `asyncio.Task._log_destroy_pending`, `asyncio.events._set_running_loop` and
+  `_get_running_loop`, used by `durable._loop` as event loops outside the standard library do
+
+Verified with restate-sdk 1.3.0 and pydantic-ai 2.68.0 on 2026-11-23.
 """
 
+from pydantic_ai import _utils as _pydantic_ai_utils
 from restate.handler import Handler
-from restate.server_context import ServerInvocationContext
+from restate.server_context import DisconnectedException, ServerInvocationContext
+from restate.vm import (
+    AllCompletedUnresolvedFuture,
+    DoProgressAnyCompleted,
+    DoProgressCancelSignalReceived,
+    DoProgressExecuteRun,
+    DoProgressWaitExternalProgress,
+    FirstCompletedUnresolvedFuture,
+    SingleUnresolvedFuture,
+    Suspended,
+    UnresolvedFuture,
+)
 
-__all__ = ["Handler", "ServerInvocationContext"]
+disable_threads = _pydantic_ai_utils._disable_threads  # pyright: ignore[reportPrivateUsage]
+"""Whether PydanticAI runs sync functions inline instead of in a thread."""
+
+__all__ = [
+    "AllCompletedUnresolvedFuture",
+    "DisconnectedException",
+    "DoProgressAnyCompleted",
+    "DoProgressCancelSignalReceived",
+    "DoProgressExecuteRun",
+    "DoProgressWaitExternalProgress",
+    "FirstCompletedUnresolvedFuture",
+    "Handler",
+    "ServerInvocationContext",
+    "SingleUnresolvedFuture",
+    "Suspended",
+    "UnresolvedFuture",
+    "disable_threads",
+]

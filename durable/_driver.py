@@ -1,0 +1,219 @@
+"""One driver per invocation attempt: any number of tasks may wait for durable operations at once.
+
+restate-sdk lets each awaited future poll for itself, and all of them read one queue: two tasks take
+each other's wake-ups and hang. Here a task that waits registers what it waits for, and one driver
+polls for all of them. It runs on the host event loop, as do the bodies of steps; handler code runs on
+a loop of its own (`durable._loop`).
+
+**Invariant: the driver delivers one completion, lets handler code run until every task waits again,
+and only then asks for the next one, in the first execution as in every replay.**
+
+Why that makes a handler deterministic, by induction over completions: handler code starts from the
+invocation's input. Between two completions it is a function of what was delivered (the invariant of
+`durable._loop`), so the operations it creates, their order, and the set it waits for are too. Given
+that set, the shared core of the SDK takes completions from the journal in journal order until one of
+the set is complete. The journal has one order, so the next completion is the same one in each
+execution. Where a step's result comes from its body, it counts as complete only when the server has
+stored it and sent it back, which is the order that replays see.
+
+    handler code ── waits ──> driver ── do_progress ──> core of the SDK <── messages ── server
+         ^                      │  └── executes steps on the host loop ──┘
+         └── one completion ────┘
+"""
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from math import ceil
+from typing import Any, TypeVar
+
+from pydantic_ai.exceptions import UserError
+from restate import TerminalError
+from restate.exceptions import SdkInternalException, SuspendedException
+
+from durable._loop import HandlerLoop
+from durable._sdk import (
+    AllCompletedUnresolvedFuture,
+    DisconnectedException,
+    DoProgressAnyCompleted,
+    DoProgressCancelSignalReceived,
+    DoProgressExecuteRun,
+    DoProgressWaitExternalProgress,
+    FirstCompletedUnresolvedFuture,
+    SingleUnresolvedFuture,
+    Suspended,
+    UnresolvedFuture,
+)
+from durable._steps import Steps
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+class InvocationCancelled(TerminalError):
+    """The invocation was cancelled from outside: every task that waits gets it."""
+
+    def __init__(self) -> None:
+        """Create the error with the message and status that the SDK uses."""
+        super().__init__("cancelled", status_code=409)
+
+
+class Driver:
+    """Runs the handler code of one invocation attempt and everything it waits for."""
+
+    def __init__(self, context: Any) -> None:
+        """Take over the waiting and the steps of `context`. Call it on the host loop.
+
+        Args:
+            context: The SDK's `ServerInvocationContext` of the attempt.
+        """
+        self._host = asyncio.get_running_loop()
+        self._loop = HandlerLoop(host=self._host, timers=self)
+        self._context = context
+        self._vm = context.vm
+        self._waiters: dict[asyncio.Future[None], UnresolvedFuture] = {}
+        self._timers: dict[int, asyncio.TimerHandle] = {}
+        self._cancelled = False
+        self._flush = context.take_and_send_output
+        self._steps = Steps(context)
+        context.create_poll_or_cancel_coroutine = self._wait
+        context.take_and_send_output = _nothing_to_send
+
+    async def run(self, handler: Coroutine[Any, Any, T]) -> T:
+        """Run `handler` on the handler loop until it ends, delivering completions one by one.
+
+        Args:
+            handler: The handler code; it inherits the caller's context variables.
+
+        Raises:
+            SuspendedException: When nothing can go on before the server sends more.
+            SdkInternalException: When the attempt failed and Restate will retry it.
+            DisconnectedException: When the server closed the connection.
+            InvocationCancelled: When the invocation was cancelled and the handler did not catch it.
+        """
+        root = self._loop.create_task(handler)
+        try:
+            await self._let_tasks_run()
+            while not root.done():
+                await self._deliver(root)
+                await self._let_tasks_run()
+            if root.cancelled():
+                raise (
+                    InvocationCancelled()
+                    if self._cancelled
+                    else RuntimeError("The handler cancelled itself.")
+                )
+            return root.result()
+        finally:
+            self._loop.close()
+
+    def start(self, delay: float, handle: asyncio.TimerHandle) -> None:
+        """Make the durable sleep behind a timer of the handler loop."""
+        self._timers[self._vm.sys_sleep(ceil(delay * 1000), "timer")] = handle
+
+    async def _let_tasks_run(self) -> None:
+        # In a callback: while the driver's own task runs, no task of another loop may be entered
+        # (Python 3.14 keeps one current task a thread).
+        ran = self._host.create_future()
+
+        def run() -> None:
+            try:
+                self._loop.run_ready()
+            except BaseException as error:  # noqa: BLE001 - `KeyboardInterrupt` too: the driver's task raises it
+                ran.set_exception(error)
+            else:
+                ran.set_result(None)
+
+        self._host.call_soon(run)
+        await ran
+
+    async def _wait(self, unresolved: UnresolvedFuture) -> None:
+        """Wait in handler code until `unresolved` completes: the SDK awaits this for every future."""
+        if asyncio.get_running_loop() is not self._loop:
+            raise UserError(
+                "A durable operation was awaited inside a step (`ctx.run`). Steps cannot be nested: await it "
+                'in handler code, in a tool with `metadata={"restate": False}` for instance.'
+            )
+        if self._loop.is_closed():
+            raise SuspendedException
+        waiter = self._loop.create_future()
+        self._waiters[waiter] = unresolved
+        try:
+            await waiter
+        finally:
+            self._waiters.pop(waiter, None)
+
+    async def _deliver(self, root: asyncio.Task[Any]) -> None:
+        """Get the next completion from the SDK's core and hand it to whoever waits for it."""
+        while True:
+            progress = self._vm.do_progress(self._awaited())
+            if isinstance(progress, DoProgressExecuteRun):
+                self._steps.begin(progress.handle)
+            elif isinstance(progress, DoProgressWaitExternalProgress):
+                await self._receive()
+            elif isinstance(progress, DoProgressAnyCompleted):
+                return self._complete()
+            elif isinstance(progress, DoProgressCancelSignalReceived):
+                return self._cancel(root)
+            else:
+                await self._flush()
+                if isinstance(progress, Suspended):
+                    raise SuspendedException
+                logger.error("The attempt failed, Restate will retry it: %s", progress)
+                raise SdkInternalException from progress
+
+    def _awaited(self) -> UnresolvedFuture:
+        """Combine what all tasks wait for."""
+        for handle, timer in list(self._timers.items()):
+            if timer.cancelled():
+                del self._timers[handle]
+        awaited = [*self._waiters.values(), *map(SingleUnresolvedFuture, self._timers)]
+        if not awaited:
+            raise UserError(
+                "The handler waits, but for nothing durable: no step, call, timer, awakeable or promise. It "
+                "would wait for ever. Await a durable operation, or set the event it waits for."
+            )
+        return awaited[0] if len(awaited) == 1 else FirstCompletedUnresolvedFuture(awaited)
+
+    def _complete(self) -> None:
+        for waiter, unresolved in list(self._waiters.items()):
+            if self._is_complete(unresolved) and not waiter.done():
+                waiter.set_result(None)
+        for handle, timer in list(self._timers.items()):
+            if self._vm.is_completed(handle):
+                self._vm.take_notification(handle)
+                del self._timers[handle]
+                self._loop.fire(timer)
+
+    def _is_complete(self, unresolved: UnresolvedFuture) -> bool:
+        if isinstance(unresolved, SingleUnresolvedFuture):
+            return self._vm.is_completed(unresolved.handle)
+        all_or_any = all if isinstance(unresolved, AllCompletedUnresolvedFuture) else any
+        return all_or_any(map(self._is_complete, unresolved.children))
+
+    def _cancel(self, root: asyncio.Task[Any]) -> None:
+        """Tell every task that waits; a handler that only sleeps is cancelled as a whole."""
+        self._cancelled = True
+        if not self._waiters:
+            root.cancel()
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_exception(InvocationCancelled())
+
+    async def _receive(self) -> None:
+        """Wait for a message of the server or the end of a step."""
+        if self._steps.may_flush():
+            await self._flush()
+        event: Any = await self._context.receive()
+        if event["type"] == "http.disconnect":
+            raise DisconnectedException
+        if event["type"] == "http.request":
+            if event["body"]:
+                self._vm.notify_input(event["body"])
+            if not event.get("more_body", False):
+                self._vm.notify_input_closed()
+
+
+async def _nothing_to_send() -> None:
+    """Stand in for the SDK's flush where handler code would call it: the driver flushes."""

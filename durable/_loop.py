@@ -1,0 +1,253 @@
+"""The event loop on which handler code runs: deterministic, without clocks, threads or sockets.
+
+Restate's journal is positional: on replay the same operations must be created in the same order. On
+an ordinary event loop the order in which tasks go on depends on timing, so two tasks of one handler
+could swap places on replay. Handler code therefore runs on this loop, one per invocation attempt,
+which is nothing but a first-in-first-out queue of callbacks.
+
+**Invariant: between two completions that the driver delivers, the order in which callbacks run is a
+function of the callbacks themselves.** The queue is first-in-first-out, nothing but handler code and
+the driver puts anything into it, and there is no other source of events: the clock stands still
+between completions, timers are durable sleeps, and whatever would bring in the outside world
+(threads, sockets, signals) raises. "Every task waits for a durable operation" is exactly "the queue
+is empty".
+
+The design is the one that Temporal's Python SDK uses for workflows.
+"""
+
+import asyncio
+import sys
+from asyncio import events
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from contextlib import contextmanager
+from contextvars import Context, copy_context
+from typing import Any, NoReturn, Protocol, TypeVar
+from weakref import WeakKeyDictionary, WeakSet
+
+from pydantic_ai.exceptions import UserError
+
+T = TypeVar("T")
+
+_CLOSE_ROUNDS = 10
+"""How often a coroutine that awaits in its `finally` is told to end before it is dropped."""
+
+
+class Timers(Protocol):
+    """Where the loop gets timers that survive a crash."""
+
+    def start(self, delay: float, handle: asyncio.TimerHandle) -> None:
+        """Have `handle` run `delay` seconds from now, also if this process ends meanwhile."""
+        ...
+
+
+class HandlerLoop(asyncio.AbstractEventLoop):
+    """Runs the tasks of one invocation attempt inside callbacks of a host loop."""
+
+    def __init__(self, *, host: asyncio.AbstractEventLoop, timers: Timers) -> None:
+        """Create the loop.
+
+        Args:
+            host: The ordinary event loop that steps and the driver run on.
+            timers: Makes the durable sleeps behind `call_later` and `call_at`.
+        """
+        self._host = host
+        self._timers = timers
+        self._ready: deque[asyncio.Handle] = deque()
+        self._now = 0.0
+        self._closed = False
+        self._contexts: WeakKeyDictionary[asyncio.Task[Any], Context] = WeakKeyDictionary()
+        self._asyncgens: WeakSet[AsyncGenerator[Any, Any]] = WeakSet()
+
+    # Running
+
+    def run_ready(self) -> None:
+        """Run callbacks until every task waits for a durable operation. Call it in a host callback."""
+        with self._entered():
+            while self._ready:
+                handle = self._ready.popleft()
+                if not handle.cancelled():
+                    handle._run()
+
+    def fire(self, timer: asyncio.TimerHandle) -> None:
+        """Queue `timer`, whose durable sleep is over, and set the clock to its time."""
+        self._now = max(self._now, timer.when())
+        self._ready.append(timer)
+
+    def close(self) -> None:
+        """End all tasks that have not ended, without letting them go on.
+
+        The attempt is over (it suspended, was cut off, or the handler returned), and code that runs
+        now would act on a state that a later attempt has yet to reach. So the coroutines are closed,
+        which is what Python does with a generator nobody reads on: `finally` blocks run, `except
+        Exception` and hooks for errors do not.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._ready.clear()
+        tasks = [task for task in self._contexts if not task.done()]
+        with self._entered():
+            for task in reversed(tasks):
+                task._log_destroy_pending = False  # pyright: ignore[reportAttributeAccessIssue]
+                self._contexts[task].run(_close, task.get_coro())
+        self._ready.clear()
+
+    @contextmanager
+    def _entered(self) -> Generator[None]:
+        """Make this the running loop of the thread, with async generators finalized here."""
+        hooks = sys.get_asyncgen_hooks()
+        outer = events._get_running_loop()
+        sys.set_asyncgen_hooks(firstiter=self._asyncgens.add, finalizer=self._finalize_asyncgen)
+        events._set_running_loop(self)
+        try:
+            yield
+        finally:
+            events._set_running_loop(outer)
+            sys.set_asyncgen_hooks(*hooks)
+
+    def _finalize_asyncgen(self, generator: AsyncGenerator[Any, Any]) -> None:
+        if not self._closed:
+            self.create_task(generator.aclose())
+
+    # What tasks and futures need
+
+    def call_soon(
+        self, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.Handle:
+        """Queue `callback`."""
+        handle = asyncio.Handle(callback, args, self, context)
+        if not self._closed:
+            self._ready.append(handle)
+        return handle
+
+    def call_later(
+        self,
+        delay: float,
+        callback: Callable[..., object],
+        *args: Any,
+        context: Context | None = None,
+    ) -> asyncio.TimerHandle:
+        """Run `callback` after a durable sleep of `delay` seconds."""
+        return self.call_at(self._now + delay, callback, *args, context=context)
+
+    def call_at(
+        self,
+        when: float,
+        callback: Callable[..., object],
+        *args: Any,
+        context: Context | None = None,
+    ) -> asyncio.TimerHandle:
+        """Run `callback` after a durable sleep, when the loop's clock shows `when` seconds."""
+        handle = asyncio.TimerHandle(when, callback, args, self, context)
+        if when <= self._now:
+            if not self._closed:
+                self._ready.append(handle)
+        elif not self._closed:
+            self._timers.start(when - self._now, handle)
+        return handle
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        """Do nothing: the driver asks the handle itself."""
+
+    def time(self) -> float:
+        """Return the seconds on the loop's clock, which stands still between completions."""
+        return self._now
+
+    def create_future(self) -> asyncio.Future[Any]:
+        """Create a future of this loop."""
+        return asyncio.Future(loop=self)
+
+    def create_task(
+        self,
+        coro: Coroutine[Any, Any, T] | Generator[Any, None, T],
+        *,
+        name: str | None = None,
+        context: Context | None = None,
+    ) -> asyncio.Task[T]:
+        """Create a task of this loop."""
+        context = context or copy_context()
+        task = asyncio.Task(coro, loop=self, name=name, context=context)
+        self._contexts[task] = context
+        if (
+            self._closed
+        ):  # nothing runs any more, so the coroutine would be reported as never awaited
+            task._log_destroy_pending = False  # pyright: ignore[reportAttributeAccessIssue]
+            coro.close()
+        return task
+
+    def get_task_factory(self) -> None:
+        """Return that tasks are created by `create_task`."""
+        return None
+
+    def get_debug(self) -> bool:
+        """Return the host loop's debug mode."""
+        return self._host.get_debug()
+
+    def is_running(self) -> bool:
+        """Return whether the loop still runs tasks."""
+        return not self._closed
+
+    def is_closed(self) -> bool:
+        """Return whether the attempt is over."""
+        return self._closed
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        """Report an exception that no task awaits, as the host loop does."""
+        self._host.call_exception_handler(context)
+
+    async def shutdown_asyncgens(self) -> None:
+        """Do nothing: `close` ends what is left."""
+
+    # What would bring in the outside world
+
+    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> NoReturn:
+        """Refuse: a thread's timing differs on replay."""
+        _refuse("a thread (`asyncio.to_thread`, `run_in_executor`, `anyio.to_thread`)")
+
+    def call_soon_threadsafe(
+        self, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> NoReturn:
+        """Refuse: only threads need it."""
+        _refuse("a callback from another thread (`call_soon_threadsafe`)")
+
+
+def _refuse(what: str) -> NoReturn:
+    raise UserError(
+        f"Handler code used {what}, which would not happen the same way when Restate replays the "
+        'handler. Do it inside a step: `await ctx.run_typed("name", function)`, or in a tool without '
+        '`metadata={"restate": False}`.'
+    )
+
+
+def _refusing(name: str) -> Callable[..., NoReturn]:
+    def refuse(self: HandlerLoop, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse(f"the event loop's `{name}`")
+
+    refuse.__name__ = name
+    return refuse
+
+
+_OUTSIDE_WORLD = (
+    "add_reader add_signal_handler add_writer connect_accepted_socket connect_read_pipe connect_write_pipe "
+    "create_connection create_datagram_endpoint create_server create_unix_connection create_unix_server "
+    "getaddrinfo getnameinfo remove_reader remove_signal_handler remove_writer run_forever run_until_complete "
+    "sendfile set_default_executor shutdown_default_executor sock_accept sock_connect sock_recv sock_recv_into "
+    "sock_recvfrom sock_recvfrom_into sock_sendall sock_sendfile sock_sendto start_tls stop subprocess_exec "
+    "subprocess_shell"
+)
+for _name in _OUTSIDE_WORLD.split():
+    setattr(HandlerLoop, _name, _refusing(_name))
+
+
+def _close(coroutine: Any) -> None:
+    for _ in range(_CLOSE_ROUNDS):
+        try:
+            coroutine.close()
+        except (
+            RuntimeError
+        ):  # it awaited something while ending, which cannot be waited for any more
+            continue
+        except BaseException:  # noqa: BLE001 - what a coroutine says while being dropped helps nobody
+            return
+        return

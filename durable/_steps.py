@@ -1,0 +1,111 @@
+"""Executing the steps of an invocation attempt on the host loop.
+
+Steps run beside each other. Two rules keep them from hurting each other and from costing more than
+they must:
+
+- A step whose failure Restate will retry ends the attempt, and with it the steps that still run: they
+  would run again, side effects included. So it waits until they have ended and their results are on
+  the way, and no new step begins meanwhile.
+- The start of a step is not sent at once but waits a few milliseconds for the step's end, so that both
+  travel in one message. A longer step is visible in the journal while it runs.
+"""
+
+import asyncio
+import inspect
+from collections.abc import Callable, Coroutine
+from contextvars import Context, copy_context
+from typing import Any
+
+from restate import TerminalError
+
+from durable._context import step_scope
+
+Step = Callable[[], Coroutine[Any, Any, None]]
+
+FLUSH_DELAY = 0.004
+"""Seconds that the start of a step waits for the step's end."""
+
+
+class Steps(dict[int, Step]):
+    """The steps of an attempt that wait to be executed, by handle: stands in for the SDK's dict."""
+
+    def __init__(self, context: Any) -> None:
+        """Take over the steps of the SDK's `context`. Call it on the host loop."""
+        super().__init__()
+        self._host = asyncio.get_running_loop()
+        self._receive = context.receive
+        self._tasks = context.tasks
+        self._contexts: dict[int, Context] = {}
+        self._executing = 0
+        self._failing: list[asyncio.Future[None]] = []
+        self._flush_timer: asyncio.TimerHandle | None = None
+        self._execute = context.create_run_coroutine
+        context.create_run_coroutine = self._execute_beside_others
+        context.run_coros_to_execute = self
+
+    def __setitem__(self, handle: int, step: Step) -> None:
+        """Remember the context variables of the code that created the step: its body sees them."""
+        super().__setitem__(handle, step)
+        self._contexts[handle] = copy_context()
+
+    def begin(self, handle: int) -> None:
+        """Start executing a step."""
+        step, context = self.pop(handle), self._contexts.pop(handle)
+        if self._failing:
+            return  # the attempt is about to end; the next one begins this step
+        if self._flush_timer is None:
+            self._flush_timer = self._host.call_later(FLUSH_DELAY, self._wake_driver)
+        self._executing += 1
+        self._tasks.add(self._host.create_task(self._run(step), context=context))
+
+    def may_flush(self) -> bool:
+        """Return whether to send now: no step has just started that may end within the flush delay."""
+        timer = self._flush_timer
+        if timer is None:
+            return True
+        if self._executing and self._host.time() < timer.when():
+            return False
+        timer.cancel()
+        self._flush_timer = None
+        return True
+
+    async def _run(self, step: Step) -> None:
+        try:
+            with step_scope():
+                await step()
+        finally:
+            self._executing -= 1
+            self._release_failures()
+            self._wake_driver()
+
+    def _wake_driver(self) -> None:
+        event: Any = {"type": "restate.run_completed", "data": None}
+        self._host.create_task(self._receive.enqueue_restate_event(event))
+
+    async def _execute_beside_others(
+        self, handle: int, action: Callable[[], Any], *options: Any
+    ) -> None:
+        async def hold_failure() -> Any:
+            try:
+                if inspect.iscoroutinefunction(action):
+                    return await action()
+                return await self._host.run_in_executor(None, copy_context().run, action)
+            except TerminalError:
+                raise
+            except Exception:
+                await self._siblings_ended()
+                raise
+
+        await self._execute(handle, hold_failure, *options)
+
+    async def _siblings_ended(self) -> None:
+        released = self._host.create_future()
+        self._failing.append(released)
+        self._release_failures()
+        await released
+
+    def _release_failures(self) -> None:
+        if self._executing <= len(self._failing):
+            for released in self._failing:
+                if not released.done():
+                    released.set_result(None)
