@@ -21,7 +21,7 @@ from pydantic_ai.models import Model, ModelRequestParameters, StreamedResponse
 from pydantic_ai.models.anthropic import AnthropicModel
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.models.wrapper import WrapperModel
-from pydantic_ai.profiles import ModelProfile
+from pydantic_ai.profiles import JsonSchemaTransformer, ModelProfile
 from pydantic_ai.providers.anthropic import AnthropicProvider
 from pydantic_ai.providers.openai import OpenAIProvider
 from pydantic_ai.settings import ModelSettings
@@ -31,6 +31,11 @@ from agents.local_model import MODEL_NAME, LocalModelError, shared_url
 
 OPENAI_DEFAULT = "gpt-6-luna"
 ANTHROPIC_DEFAULT = "claude-haiku-5-5"
+
+LOCAL_STRING = 500
+"""No string in an answer of the local model is longer, whatever its schema says."""
+LOCAL_LIST = 5
+"""No list in an answer of the local model has more items, whatever its schema says."""
 
 _OPENAI_URL = "https://api.openai.com/v1"
 _CHOICES = (
@@ -99,10 +104,24 @@ def _json_schema_mode(profile: ModelProfile) -> ModelProfile:
     return profile
 
 
+class _BoundedSchema(JsonSchemaTransformer):
+    """Gives every string and list of a schema an end that the small model reaches within its tokens.
+
+    llama.cpp compiles `maxLength` and `maxItems` into the grammar that it samples by. Without them a
+    model this small repeats itself until its tokens are used up, which leaves broken JSON. (OpenAI's
+    strict form of a schema is not used: it is written for OpenAI's limits and drops keywords.)
+    """
+
+    def transform(self, schema: dict[str, Any]) -> dict[str, Any]:
+        if schema.get("type") == "string" and not schema.keys() & {"enum", "const", "format"}:
+            schema["maxLength"] = min(schema.get("maxLength", LOCAL_STRING), LOCAL_STRING)
+        if schema.get("type") == "array":
+            schema["maxItems"] = min(schema.get("maxItems", LOCAL_LIST), LOCAL_LIST)
+        return schema
+
+
 def _local_profile(profile: ModelProfile) -> ModelProfile:
-    # OpenAI's strict form of a schema is written for OpenAI's limits; llama.cpp compiles the plain
-    # one into a grammar, `max_length` and `max_items` included, or the small model never ends.
-    profile["json_schema_transformer"] = None
+    profile["json_schema_transformer"] = _BoundedSchema
     return _json_schema_mode(profile)
 
 
@@ -119,8 +138,12 @@ class LocalModel(OpenAIChatModel):
             # The address is known once the model runs.
             provider=OpenAIProvider(base_url="http://127.0.0.1:0/v1", api_key="not-needed"),
             profile=_local_profile,
-            # Generous: with all slots taken a request waits for its turn.
-            settings=ModelSettings(max_tokens=1024, temperature=0.3, timeout=300),
+            settings=ModelSettings(
+                max_tokens=2048,
+                temperature=0.3,
+                timeout=300,  # generous: with all slots taken a request waits for its turn
+                extra_body={"dry_multiplier": 0.8},  # llama.cpp: fewer repetitions of whole phrases
+            ),
         )
 
     async def request(

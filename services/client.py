@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import httpx2
 from pydantic import BaseModel, ValidationError
@@ -22,9 +22,11 @@ from services.routing import EXAMPLE_TICKETS, RoutingRequest, RoutingResponse
 
 DEFAULT_INGRESS = "http://127.0.0.1:8080"
 
+ResponseT = TypeVar("ResponseT", bound=BaseModel)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Pattern:
+class Pattern(Generic[ResponseT]):
     """One agent pattern as a client sees it."""
 
     service: str
@@ -33,11 +35,11 @@ class Pattern:
     examples: Sequence[BaseModel]
     """Requests to try it with."""
 
-    response_type: type[BaseModel]
+    response_type: type[ResponseT]
     """What the service answers."""
 
 
-PATTERNS = {
+PATTERNS: dict[str, Pattern[Any]] = {
     "chaining": Pattern(
         service="CallChainingService",
         examples=[CallChainingRequest()],
@@ -57,11 +59,11 @@ class ClientError(Exception):
 
 def call(
     client: httpx2.Client,
-    pattern: Pattern,
+    pattern: Pattern[ResponseT],
     request: BaseModel,
     *,
     idempotency_key: str | None = None,
-) -> Any:
+) -> ResponseT:
     """Run `pattern` on `request` and wait for its answer.
 
     Args:
@@ -71,7 +73,7 @@ def call(
         idempotency_key: Calls with the same key execute once; all of them get the same answer.
 
     Returns:
-        An instance of the pattern's response type.
+        The answer, as the pattern's response type.
 
     Raises:
         ClientError: The ingress is not reachable, or answered with an error.
@@ -82,7 +84,7 @@ def call(
     path = f"/{pattern.service}/run"
     try:
         answer = client.post(path, content=request.model_dump_json(), headers=headers)
-    except httpx2.TransportError as error:
+    except (httpx2.TransportError, httpx2.InvalidURL) as error:
         raise ClientError(
             f"No answer from the ingress at {client.base_url} ({type(error).__name__}: {error}). "
             "Is restate-server running? `durable dev services:app` starts it with the services."
