@@ -22,12 +22,13 @@ from pydantic_ai.durable_exec import (
 from pydantic_ai.exceptions import UserError
 from pydantic_ai.models import Model
 from pydantic_ai.tools import AgentDepsT
-from pydantic_ai.toolsets import ToolsetTool
+from pydantic_ai.toolsets import DynamicToolset, ToolsetTool
 from restate import RunOptions
 
 from durable._context import current_invocation
 from durable._errors import not_serializable
 from durable._operation_backend import RestateOperationBackend
+from durable._toolsets import RestateDynamicToolset, RestateMCPToolset
 
 DEFAULT_RUN_OPTIONS = RunOptions[Any](
     max_duration=timedelta(minutes=10),
@@ -186,6 +187,14 @@ class RestateDurability(BaseDurabilityCapability[AgentDepsT]):
                 resolve_tool=self._tool_options,
             ),
         )
+
+    def _build_mcp_toolset(self, toolset: Any) -> RestateMCPToolset[AgentDepsT]:
+        return RestateMCPToolset(super()._build_mcp_toolset(toolset))
+
+    def _build_dynamic_toolset(
+        self, toolset: DynamicToolset[AgentDepsT]
+    ) -> RestateDynamicToolset[AgentDepsT]:
+        return RestateDynamicToolset(super()._build_dynamic_toolset(toolset))
 
     def _tool_options(
         self, operation_id: DurableOperationId, tool: object | None, tool_name: str

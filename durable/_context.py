@@ -8,11 +8,13 @@ runs as a plain agent. Outside a handler everything is plain PydanticAI.
 variable, so tasks and threads started from either inherit it.
 """
 
-from collections.abc import Generator, Iterator
+import asyncio
+from collections.abc import Coroutine, Generator, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 from pydantic_ai.exceptions import UserError
 from restate import Context
@@ -28,9 +30,20 @@ class Invocation:
     context: Context
     """The Restate context that the handler received."""
 
+    host: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    """The ordinary event loop, on which steps run."""
+
     run_numbers: Iterator[int] = field(default_factory=count)
     """Numbers the agent runs of this invocation in the order they start: the same on every replay."""
 
+    def run_on_host(self, work: Coroutine[Any, Any, None]) -> None:
+        """Start `work` on the host loop and do not wait for it: for closing what a step opened."""
+        task = self.host.create_task(work)
+        _work_on_host.add(task)
+        task.add_done_callback(_work_on_host.discard)
+
+
+_work_on_host: set[asyncio.Task[None]] = set()  # a loop holds its tasks only weakly
 
 _invocation: ContextVar[Invocation | None] = ContextVar("durable.invocation", default=None)
 _in_step: ContextVar[bool] = ContextVar("durable.in_step", default=False)

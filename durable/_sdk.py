@@ -14,6 +14,11 @@ Verified with restate-sdk 1.3.0 and pydantic-ai 2.68.0 on 2026-11-23.
 """
 
 from pydantic_ai import _utils as _pydantic_ai_utils
+from pydantic_ai.durable_exec._toolset import (
+    DurableDynamicToolset,
+    DurableMCPToolset,
+    DurableToolsetBase,
+)
 from restate.handler import Handler
 from restate.server_context import DisconnectedException, ServerInvocationContext
 from restate.vm import (
@@ -38,6 +43,9 @@ __all__ = [
     "DoProgressCancelSignalReceived",
     "DoProgressExecuteRun",
     "DoProgressWaitExternalProgress",
+    "DurableDynamicToolset",
+    "DurableMCPToolset",
+    "DurableToolsetBase",
     "FirstCompletedUnresolvedFuture",
     "Handler",
     "ServerInvocationContext",
