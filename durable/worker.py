@@ -6,6 +6,7 @@
 import asyncio
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Self
 
 from hypercorn.asyncio import serve as serve_asgi  # pyright: ignore[reportUnknownVariableType]
 from hypercorn.config import Config
+from restate.server import install_shutdown_hook
 
 from durable._process import (
     HOST,
@@ -145,7 +147,7 @@ def serve(app: str, *, port: int) -> None:
     """
     config = Config()
     config.bind = [f"{HOST}:{port}"]
-    config.loglevel = "WARNING"
+    config.loglevel = "ERROR"  # its warning that the SDK has no lifespan events is no news
     # Restate multiplexes all invocations over few connections and keeps those open: neither the
     # number of streams nor the age of a connection is a reason to turn an invocation away.
     unlimited = 2**31 - 1
@@ -153,7 +155,16 @@ def serve(app: str, *, port: int) -> None:
     config.keep_alive_max_requests = unlimited
     config.keep_alive_timeout = unlimited
     config.graceful_timeout = 3.0
-    asyncio.run(serve_asgi(load_app(app), config, mode="asgi"))
+    asyncio.run(_serve(load_app(app), config))
+
+
+async def _serve(app: Any, config: Config) -> None:
+    stop = asyncio.Event()
+    # Through the SDK because its ASGI app takes SIGTERM over at the first request, to suspend what
+    # runs; hypercorn alone would not hear of it again and never end.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        install_shutdown_hook(asyncio.get_running_loop(), stop.set, number)
+    await serve_asgi(app, config, shutdown_trigger=stop.wait, mode="asgi")
 
 
 def load_app(app: str) -> Any:
