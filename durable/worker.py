@@ -27,7 +27,10 @@ from durable._process import (
     why_not_free,
 )
 
-__all__ = ["AppNotFoundError", "Worker", "WorkerError", "serve"]
+EXIT_NO_APP = 2
+"""The exit code of a worker whose `MODULE:APP` does not name an application."""
+
+__all__ = ["EXIT_NO_APP", "AppNotFoundError", "Worker", "WorkerError", "serve"]
 
 
 class Worker:
