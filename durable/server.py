@@ -36,6 +36,9 @@ from durable._process import (
 
 __all__ = ["VERSION", "RestateServer", "ServerError", "ServerInstallError", "ServerStartError"]
 
+REGISTER_TIMEOUT = 10.0
+"""How many seconds a deployment that is registered may take until it answers."""
+
 _PORT_TAKEN = "RT0004"  # restate-server's error code
 _UNREACHABLE = "META0003"  # the admin API's error code for a deployment that does not answer
 
@@ -142,7 +145,7 @@ class RestateServer:
         Raises:
             ServerError: When the deployment does not answer or the server refuses it.
         """
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + REGISTER_TIMEOUT
         while True:
             answer = await self._admin("/deployments", {"uri": uri, "force": force})
             if not answer.is_error:

@@ -117,12 +117,8 @@ class Worker:
     def _starting(self) -> Pauses:
         if self._port is None:
             [self._port] = free_ports(1)
-        elif (reason := why_not_free(self._port)) is not None:
-            raise WorkerError(
-                f"The worker cannot use port {self._port}: {reason}. Stop what listens there, or "
-                "give another `port` (`None` takes a free one)."
-            )
         port = self._port
+        _require_free(port)
         self.url = f"http://{HOST}:{port}"
         return self._process.starting(
             [sys.executable, "-m", "durable", "serve", self._app, "--port", str(port)],
@@ -147,7 +143,9 @@ def serve(app: str, *, port: int) -> None:
 
     Raises:
         AppNotFoundError: When `app` does not name an ASGI application.
+        WorkerError: When the port is taken.
     """
+    _require_free(port)
     config = Config()
     config.bind = [f"{HOST}:{port}"]
     config.loglevel = "ERROR"  # its warning that the SDK has no lifespan events is no news
@@ -159,6 +157,14 @@ def serve(app: str, *, port: int) -> None:
     config.keep_alive_timeout = unlimited
     config.graceful_timeout = 3.0
     asyncio.run(_serve(load_app(app), config))
+
+
+def _require_free(port: int) -> None:
+    if (reason := why_not_free(port)) is not None:
+        raise WorkerError(
+            f"The worker cannot use port {port}: {reason}. Stop what listens there, or give "
+            "another port."
+        )
 
 
 async def _serve(app: Any, config: Config) -> None:
