@@ -1,12 +1,10 @@
-"""Serve `services:app` with hypercorn: `python -m services --port 9080`."""
+"""Serve `services:app` for a restate-server: `python -m services --port 9080`."""
 
 import argparse
-import asyncio
 
-from hypercorn.asyncio import serve  # pyright: ignore[reportUnknownVariableType] - WSGI's types
-from hypercorn.config import Config
+from rich.console import Console
 
-from services import app
+from durable.worker import serve
 
 
 def main() -> None:
@@ -14,16 +12,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m services", description="Serve the agents for a restate-server to call."
     )
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to bind (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--port", type=int, default=9080, help="port to bind (default: %(default)s)"
-    )
+    parser.add_argument("--port", type=int, default=9080, help="on loopback (default: %(default)s)")
     arguments = parser.parse_args()
-    config = Config()
-    config.bind = [f"{arguments.host}:{arguments.port}"]
-    asyncio.run(serve(app, config))
+    Console(stderr=True).print(
+        f"Serving services:app on http://127.0.0.1:{arguments.port} (Ctrl-C ends it)",
+        highlight=False,
+    )
+    serve("services:app", port=arguments.port)
 
 
 if __name__ == "__main__":
