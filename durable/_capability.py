@@ -1,6 +1,7 @@
 """`RestateDurability`: the capability that makes an ordinary PydanticAI agent durable on Restate."""
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar, Literal, cast
@@ -22,7 +23,7 @@ from pydantic_ai.durable_exec import (
 from pydantic_ai.exceptions import UserError
 from pydantic_ai.models import Model
 from pydantic_ai.tools import AgentDepsT
-from pydantic_ai.toolsets import DynamicToolset, ToolsetTool
+from pydantic_ai.toolsets import AbstractToolset, DynamicToolset, ToolsetTool
 from restate import RunOptions
 
 from durable._context import current_invocation
@@ -92,7 +93,6 @@ class RestateDurability(BaseDurabilityCapability[AgentDepsT]):
         },
         # In any of PydanticAI's modes the driver keeps parallel tool calls in one order on every replay.
         sequential_tools_in_durable_context=False,
-        unsupported_runtime_toolset_kinds=frozenset({"function", "mcp", "dynamic"}),
         tool_config_key="restate",
     )
 
@@ -187,6 +187,16 @@ class RestateDurability(BaseDurabilityCapability[AgentDepsT]):
                 resolve_tool=self._tool_options,
             ),
         )
+
+    def get_wrapper_toolset(
+        self, toolset: AbstractToolset[AgentDepsT]
+    ) -> AbstractToolset[AgentDepsT] | None:
+        """Replace the toolsets by durable ones, those given at run time or added later too."""
+        if not self.in_durable_context:
+            return super().get_wrapper_toolset(toolset)
+        run = copy(self)
+        run._toolsets_by_id = dict(self._toolsets_by_id)
+        return toolset.visit_and_replace(run._wrap_and_register_leaf)
 
     def _build_mcp_toolset(self, toolset: Any) -> RestateMCPToolset[AgentDepsT]:
         return RestateMCPToolset(super()._build_mcp_toolset(toolset))

@@ -31,7 +31,7 @@ from pydantic_ai.exceptions import UserError
 from restate import TerminalError
 from restate.exceptions import SdkInternalException, SuspendedException
 
-from durable._loop import HandlerLoop
+from durable._loop import AttemptOver, HandlerLoop
 from durable._sdk import (
     AllCompletedUnresolvedFuture,
     DisconnectedException,
@@ -94,10 +94,10 @@ class Driver:
         """
         root = self._loop.create_task(handler)
         try:
-            await self._let_tasks_run()
+            self._loop.run_ready()
             while not root.done():
                 await self._deliver(root)
-                await self._let_tasks_run()
+                self._loop.run_ready()
             if root.cancelled():
                 raise (
                     InvocationCancelled()
@@ -106,27 +106,11 @@ class Driver:
                 )
             return root.result()
         finally:
-            self._loop.close()
+            self._loop.close(list(self._waiters))
 
     def start(self, delay: float, handle: asyncio.TimerHandle) -> None:
         """Make the durable sleep behind a timer of the handler loop."""
         self._timers[self._vm.sys_sleep(ceil(delay * 1000), "timer")] = handle
-
-    async def _let_tasks_run(self) -> None:
-        # In a callback: while the driver's own task runs, no task of another loop may be entered
-        # (Python 3.14 keeps one current task a thread).
-        ran = self._host.create_future()
-
-        def run() -> None:
-            try:
-                self._loop.run_ready()
-            except BaseException as error:  # noqa: BLE001 - `KeyboardInterrupt` too: the driver's task raises it
-                ran.set_exception(error)
-            else:
-                ran.set_result(None)
-
-        self._host.call_soon(run)
-        await ran
 
     async def _wait(self, unresolved: UnresolvedFuture) -> None:
         """Wait in handler code until `unresolved` completes: the SDK awaits this for every future."""
@@ -136,7 +120,7 @@ class Driver:
                 'in handler code, in a tool with `metadata={"restate": False}` for instance.'
             )
         if self._loop.is_closed():
-            raise SuspendedException
+            raise AttemptOver
         waiter = self._loop.create_future()
         self._waiters[waiter] = unresolved
         try:

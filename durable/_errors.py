@@ -106,14 +106,14 @@ def retry_after(error: BaseException) -> timedelta | None:
     return None if seconds is None else timedelta(seconds=seconds)
 
 
-def step_failure(error: Exception, step: str) -> Exception:
-    """Return what the step `step` raises for `error`, so that Restate does what the table says."""
+def step_failure(error: Exception, step: str | None = None) -> Exception:
+    """Return what a step raises for `error`, so that Restate does what the table says."""
     if isinstance(error, (TerminalError, RetryableError)):
         return error
     found = verdict(error)
     if isinstance(found, Terminal):
         return TerminalError(
-            f"{describe(error)} (step `{step}`)",
+            describe(error) if step is None else f"{describe(error)} (step `{step}`)",
             status_code=found.status,
             metadata={METADATA_KEY: to_json(_encode(error)).decode()},
         )

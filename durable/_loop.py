@@ -16,21 +16,33 @@ The design is the one that Temporal's Python SDK uses for workflows.
 """
 
 import asyncio
+import logging
 import sys
 from asyncio import events
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
 from contextlib import contextmanager
-from contextvars import Context, copy_context
+from contextvars import Context
 from typing import Any, NoReturn, Protocol, TypeVar
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 from pydantic_ai.exceptions import UserError
 
 T = TypeVar("T")
 
 _CLOSE_ROUNDS = 10
-"""How often a coroutine that awaits in its `finally` is told to end before it is dropped."""
+"""How often a task that awaits while it ends is cancelled before it is given up."""
+
+logger = logging.getLogger(__name__)
+
+
+class AttemptOver(KeyboardInterrupt):
+    """Ends handler code whose attempt is over, wherever it waits.
+
+    An interrupt, because that is how the code experiences it: PydanticAI ends a run without calling
+    hooks, and task groups end without collecting. (`GeneratorExit` cannot be thrown into code that
+    iterates over async generators.) It never leaves the loop.
+    """
 
 
 class Timers(Protocol):
@@ -56,59 +68,80 @@ class HandlerLoop(asyncio.AbstractEventLoop):
         self._ready: deque[asyncio.Handle] = deque()
         self._now = 0.0
         self._closed = False
-        self._contexts: WeakKeyDictionary[asyncio.Task[Any], Context] = WeakKeyDictionary()
+        self._tasks: WeakSet[asyncio.Task[Any]] = WeakSet()
         self._asyncgens: WeakSet[AsyncGenerator[Any, Any]] = WeakSet()
 
     # Running
 
     def run_ready(self) -> None:
-        """Run callbacks until every task waits for a durable operation. Call it in a host callback."""
+        """Run callbacks until every task waits for a durable operation. Call it on the host loop."""
         with self._entered():
-            while self._ready:
-                handle = self._ready.popleft()
-                if not handle.cancelled():
-                    handle._run()
+            self._run_all()
 
     def fire(self, timer: asyncio.TimerHandle) -> None:
         """Queue `timer`, whose durable sleep is over, and set the clock to its time."""
         self._now = max(self._now, timer.when())
         self._ready.append(timer)
 
-    def close(self) -> None:
-        """End all tasks that have not ended, without letting them go on.
+    def close(self, waiters: Iterable[asyncio.Future[Any]] = ()) -> None:
+        """End all tasks that have not ended: the attempt is over.
 
-        The attempt is over (it suspended, was cut off, or the handler returned), and code that runs
-        now would act on a state that a later attempt has yet to reach. So the coroutines are closed,
-        which is what Python does with a generator nobody reads on: `finally` blocks run, `except
-        Exception` and hooks for errors do not.
+        It suspended, was cut off, or its handler returned. Code that goes on now would act on a state
+        that a later attempt has yet to reach, so what it waits for raises `AttemptOver`: `finally`
+        blocks run, `except Exception` and PydanticAI's hooks for errors and cancellations do not.
+
+        Args:
+            waiters: What the tasks wait for.
         """
         if self._closed:
             return
         self._closed = True
-        self._ready.clear()
-        tasks = [task for task in self._contexts if not task.done()]
         with self._entered():
-            for task in reversed(tasks):
-                task._log_destroy_pending = False  # pyright: ignore[reportAttributeAccessIssue]
-                self._contexts[task].run(_close, task.get_coro())
-        self._ready.clear()
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_exception(AttemptOver())
+            self._run_all()
+            for _ in range(_CLOSE_ROUNDS):
+                if not (tasks := [task for task in self._tasks if not task.done()]):
+                    break
+                for task in tasks:
+                    task.cancel()
+                self._run_all()
+        for task in self._tasks:
+            if task.done():
+                if not task.cancelled():
+                    task.exception()  # nobody is left who could ask for it
+            else:
+                logger.warning("A task of a handler went on after the end of its attempt: %r", task)
+
+    def _run_all(self) -> None:
+        while self._ready:
+            handle = self._ready.popleft()
+            if not handle.cancelled():
+                try:
+                    handle._run()
+                except AttemptOver:
+                    pass  # the task has it; asyncio hands an interrupt on to whoever runs the loop
 
     @contextmanager
     def _entered(self) -> Generator[None]:
         """Make this the running loop of the thread, with async generators finalized here."""
         hooks = sys.get_asyncgen_hooks()
-        outer = events._get_running_loop()
-        sys.set_asyncgen_hooks(firstiter=self._asyncgens.add, finalizer=self._finalize_asyncgen)
+        host, host_task = asyncio.get_running_loop(), asyncio.current_task()
+        if host_task is not None:
+            asyncio._leave_task(host, host_task)
         events._set_running_loop(self)
+        sys.set_asyncgen_hooks(firstiter=self._asyncgens.add, finalizer=self._finalize_asyncgen)
         try:
             yield
         finally:
-            events._set_running_loop(outer)
             sys.set_asyncgen_hooks(*hooks)
+            events._set_running_loop(host)
+            if host_task is not None:
+                asyncio._enter_task(host, host_task)
 
     def _finalize_asyncgen(self, generator: AsyncGenerator[Any, Any]) -> None:
-        if not self._closed:
-            self.create_task(generator.aclose())
+        self.create_task(generator.aclose())
 
     # What tasks and futures need
 
@@ -117,8 +150,7 @@ class HandlerLoop(asyncio.AbstractEventLoop):
     ) -> asyncio.Handle:
         """Queue `callback`."""
         handle = asyncio.Handle(callback, args, self, context)
-        if not self._closed:
-            self._ready.append(handle)
+        self._ready.append(handle)
         return handle
 
     def call_later(
@@ -141,8 +173,7 @@ class HandlerLoop(asyncio.AbstractEventLoop):
         """Run `callback` after a durable sleep, when the loop's clock shows `when` seconds."""
         handle = asyncio.TimerHandle(when, callback, args, self, context)
         if when <= self._now:
-            if not self._closed:
-                self._ready.append(handle)
+            self._ready.append(handle)
         elif not self._closed:
             self._timers.start(when - self._now, handle)
         return handle
@@ -166,14 +197,8 @@ class HandlerLoop(asyncio.AbstractEventLoop):
         context: Context | None = None,
     ) -> asyncio.Task[T]:
         """Create a task of this loop."""
-        context = context or copy_context()
         task = asyncio.Task(coro, loop=self, name=name, context=context)
-        self._contexts[task] = context
-        if (
-            self._closed
-        ):  # nothing runs any more, so the coroutine would be reported as never awaited
-            task._log_destroy_pending = False  # pyright: ignore[reportAttributeAccessIssue]
-            coro.close()
+        self._tasks.add(task)
         return task
 
     def get_task_factory(self) -> None:
@@ -238,16 +263,3 @@ _OUTSIDE_WORLD = (
 )
 for _name in _OUTSIDE_WORLD.split():
     setattr(HandlerLoop, _name, _refusing(_name))
-
-
-def _close(coroutine: Any) -> None:
-    for _ in range(_CLOSE_ROUNDS):
-        try:
-            coroutine.close()
-        except (
-            RuntimeError
-        ):  # it awaited something while ending, which cannot be waited for any more
-            continue
-        except BaseException:  # noqa: BLE001 - what a coroutine says while being dropped helps nobody
-            return
-        return

@@ -19,6 +19,7 @@ from typing import Any
 from restate import TerminalError
 
 from durable._context import step_scope
+from durable._errors import step_failure
 
 Step = Callable[[], Coroutine[Any, Any, None]]
 
@@ -90,11 +91,11 @@ class Steps(dict[int, Step]):
                 if inspect.iscoroutinefunction(action):
                     return await action()
                 return await self._host.run_in_executor(None, copy_context().run, action)
-            except TerminalError:
-                raise
-            except Exception:
-                await self._siblings_ended()
-                raise
+            except Exception as error:  # noqa: BLE001 - raised again
+                failure = step_failure(error)
+                if not isinstance(failure, TerminalError):
+                    await self._siblings_ended()
+                raise failure from failure.__cause__ or error
 
         await self._execute(handle, hold_failure, *options)
 

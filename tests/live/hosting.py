@@ -1,0 +1,78 @@
+"""Hosting services in the test's own process, behind a real restate-server."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+from hypercorn.asyncio import serve  # pyright: ignore[reportUnknownVariableType]
+from hypercorn.config import Config
+
+import durable
+from durable._process import free_ports
+from durable.server import RestateServer
+
+
+@dataclass
+class Ingress:
+    """Calls handlers through the ingress of `server`."""
+
+    server: RestateServer
+    http: httpx2.AsyncClient
+
+    async def post(self, path: str, body: Any = None, **kwargs: Any) -> httpx2.Response:
+        """Post JSON to `{service}/{handler}`."""
+        if body is not None:
+            kwargs["json"] = body
+        return await self.http.post(f"{self.server.ingress_url}/{path}", **kwargs)
+
+    async def call(self, path: str, body: Any = None, **kwargs: Any) -> Any:
+        """Post, and return the answer's JSON, or fail with the error that the caller would see."""
+        response = await self.post(path, body, **kwargs)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    async def steps(self, service: str) -> list[str]:
+        """Return the names of the steps in the journal of the last invocation of `service`."""
+        newest = await self.invocation(service)
+        rows = await self.server.query(
+            f"SELECT name FROM sys_journal WHERE id = '{newest['id']}' "
+            "AND entry_type = 'Command: Run' ORDER BY index"
+        )
+        return [row["name"] for row in rows]
+
+    async def invocation(self, service: str) -> dict[str, Any]:
+        """Return the last invocation of `service`."""
+        rows = await self.server.query(
+            "SELECT id, status, retry_count, completion_result, completion_failure FROM sys_invocation "
+            f"WHERE target_service_name = '{service}' ORDER BY created_at DESC LIMIT 1"
+        )
+        return rows[0]
+
+
+@asynccontextmanager
+async def hosted(server: RestateServer, *services: Any) -> AsyncGenerator[Ingress]:
+    """Serve `services` with `durable.app` in this process and register them."""
+    async with serving(durable.app(services)) as url:
+        await server.register(url)
+        async with httpx2.AsyncClient(timeout=20, trust_env=False) as http:
+            yield Ingress(server, http)
+
+
+@asynccontextmanager
+async def serving(app: Any) -> AsyncGenerator[str]:
+    """Serve an ASGI application in this process on a free port."""
+    config = Config()
+    (port,) = free_ports(1)
+    config.bind = [f"127.0.0.1:{port}"]
+    config.h2_max_concurrent_streams = 2**31 - 1
+    config.loglevel = "ERROR"
+    stop = asyncio.Event()
+    task = asyncio.create_task(serve(app, config, shutdown_trigger=stop.wait))
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        stop.set()
+        await task

@@ -1,0 +1,320 @@
+"""An agent in a handler: each model request and tool call is one step, done once."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import restate
+from pydantic_ai import Agent, RunContext
+from pydantic_ai.messages import (
+    ModelMessage,
+    ModelRequest,
+    ModelResponse,
+    TextPart,
+    ToolCallPart,
+    ToolReturnPart,
+)
+from pydantic_ai.models.function import AgentInfo, DeltaToolCall, FunctionModel
+from pydantic_ai.toolsets import FunctionToolset
+
+import durable
+from durable.server import RestateServer
+from tests.live.hosting import hosted
+
+pytestmark = pytest.mark.live
+
+
+def calls(*names: str) -> FunctionModel:
+    """A model that calls the tools `names` at once, then answers with what they returned."""
+
+    def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+        done["model"] += 1
+        if names and len(messages) == 1:
+            return ModelResponse(
+                parts=[ToolCallPart(n, tool_call_id=f"{i}-{n}") for i, n in enumerate(names)]
+            )
+        last = messages[-1]
+        assert isinstance(last, ModelRequest)
+        returned = [str(part.content) for part in last.parts if isinstance(part, ToolReturnPart)]
+        return ModelResponse(parts=[TextPart(" ".join(returned) or "hello")])
+
+    return FunctionModel(respond)
+
+
+done: Counter[str] = Counter()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_done() -> None:
+    done.clear()
+
+
+async def test_model_requests_and_tools_are_steps_done_once(server: RestateServer) -> None:
+    """Names and order of the journal are stored data; every effect happens once in both modes."""
+    agent = Agent(calls("look", "look"), name="one", capabilities=[durable.RestateDurability()])
+    service = restate.Service("Steps")
+
+    @agent.tool_plain
+    async def look() -> str:
+        done["look"] += 1
+        return "seen"
+
+    @service.handler()
+    async def run(ctx: restate.Context, prompt: str) -> str:
+        return (await agent.run(prompt)).output
+
+    async with hosted(server, service) as ingress:
+        assert await ingress.call("Steps/run", "go") == "seen seen"
+        assert await ingress.steps("Steps") == [
+            "one__model.request",
+            "one__function_toolset__<agent>.call_tool:look",
+            "one__function_toolset__<agent>.call_tool:look",
+            "one__model.request",
+        ]
+    assert done == {"model": 2, "look": 2}
+
+
+async def test_ids_are_the_same_on_every_replay(server: RestateServer) -> None:
+    """The run id is the invocation's; the conversation id and the start time follow from the journal."""
+    agent = Agent(calls("look"), name="ids", capabilities=[durable.RestateDurability()])
+    service = restate.Service("Ids")
+    seen: list[tuple[str, str]] = []
+
+    @agent.tool_plain
+    async def look() -> str:
+        return "seen"
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> list[str]:
+        first = await agent.run("go", timeout=60)
+        second = await agent.run("go")
+        seen.append((first.run_id, second.run_id))
+        return [ctx.request().id, first.run_id, second.run_id, *{first.conversation_id}]
+
+    async with hosted(server, service) as ingress:
+        invocation_id, first, second, _conversation = await ingress.call("Ids/run")
+        assert [first, second] == [f"{invocation_id}:0", f"{invocation_id}:1"]
+    assert len(set(seen)) == 1
+
+
+async def test_an_agent_in_a_step_is_a_plain_agent(server: RestateServer) -> None:
+    """`ctx.run` cannot be nested: a nested agent must not journal inside a tool's step."""
+    inner = Agent(calls(), name="inner", capabilities=[durable.RestateDurability()])
+    outer = Agent(calls("ask"), name="outer", capabilities=[durable.RestateDurability()])
+    service = restate.Service("Nested")
+
+    @outer.tool_plain
+    async def ask() -> str:
+        durability = durable.RestateDurability.from_agent(inner)
+        assert durability is not None
+        assert not durability.in_durable_context
+        await inner.run("inside a step")
+        return "asked"
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> str:
+        await ctx.run_typed("own step", in_own_step)
+        return (await outer.run("go")).output
+
+    async def in_own_step() -> str:
+        return (await inner.run("inside the handler's own step")).output
+
+    async with hosted(server, service) as ingress:
+        assert await ingress.call("Nested/run") == "asked"
+        assert await ingress.steps("Nested") == [
+            "own step",
+            "outer__model.request",
+            "outer__function_toolset__<agent>.call_tool:ask",
+            "outer__model.request",
+        ]
+    assert done["model"] == 4
+
+
+async def test_a_context_tool_runs_in_handler_code(server: RestateServer) -> None:
+    """With `metadata={"restate": False}` a tool uses the Restate context, and agents in it are durable."""
+    inner = Agent(calls(), name="inner", capabilities=[durable.RestateDurability()])
+    agent = Agent(
+        calls("orchestrate", "orchestrate"),
+        name="outer",
+        capabilities=[durable.RestateDurability()],
+    )
+    service = restate.Service("ContextTool")
+
+    @agent.tool_plain(metadata={"restate": False})
+    async def orchestrate() -> str:
+        ctx = durable.restate_context()
+        await asyncio.sleep(0.05)
+        await inner.run("go")
+        return await ctx.run_typed("part", part)
+
+    async def part() -> str:
+        done["part"] += 1
+        return "whole"
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> str:
+        return (await agent.run("go")).output
+
+    async with hosted(server, service) as ingress:
+        assert await ingress.call("ContextTool/run") == "whole whole"
+        steps = await ingress.steps("ContextTool")
+        assert Counter(steps) == {"outer__model.request": 2, "inner__model.request": 2, "part": 2}
+    assert done == {"model": 4, "part": 2}
+
+
+async def test_parallel_tools_run_in_parallel(server: RestateServer) -> None:
+    """Eight tools meet at a barrier: that they all pass shows that all ran at the same time."""
+    agent = Agent(calls(*["meet"] * 8), name="par", capabilities=[durable.RestateDurability()])
+    service = restate.Service("Parallel")
+    barrier = asyncio.Barrier(8)
+
+    @agent.tool_plain
+    async def meet() -> str:
+        async with asyncio.timeout(20):
+            await barrier.wait()
+        done["meet"] += 1
+        return "met"
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> str:
+        return (await agent.run("go")).output
+
+    async with hosted(server, service) as ingress:
+        assert await ingress.call("Parallel/run") == " ".join(["met"] * 8)
+    assert done == {"model": 2, "meet": 8}
+
+
+async def test_transparent_outside_a_handler() -> None:
+    """In tests, notebooks and evals the agent is a plain agent, with no Restate in sight."""
+    agent = Agent(calls("look"), name="plain", capabilities=[durable.RestateDurability()])
+
+    @agent.tool_plain
+    def look() -> str:
+        return "seen"
+
+    result = await agent.run("go")
+    assert result.output == "seen"
+    assert ":" not in result.run_id
+
+
+async def test_sync_tools_run_in_threads(server: RestateServer) -> None:
+    """A sync tool may block: it must not stop the worker."""
+    agent = Agent(calls("block", "block"), name="sync", capabilities=[durable.RestateDurability()])
+    service = restate.Service("Sync")
+
+    @agent.tool_plain
+    def block() -> str:
+        with pytest.raises(RuntimeError):
+            asyncio.get_running_loop()
+        return "ok"
+
+    @agent.instructions
+    def instructions() -> str:
+        return "sync functions in handler code run inline"
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> str:
+        return (await agent.run("go")).output
+
+    async with hosted(server, service) as ingress:
+        assert await ingress.call("Sync/run") == "ok ok"
+
+
+async def test_dynamic_toolsets_are_journaled(server: RestateServer) -> None:
+    """What a dynamic toolset offers is decided in a step, and its tools are steps."""
+    agent = Agent(calls("look"), name="dyn", capabilities=[durable.RestateDurability()])
+    service = restate.Service("Dynamic")
+
+    @agent.toolset(id="later")
+    def toolset(ctx: RunContext) -> FunctionToolset:
+        done["factory"] += 1
+
+        async def look() -> str:
+            done["look"] += 1
+            return "seen"
+
+        return FunctionToolset([look])
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> str:
+        return (await agent.run("go")).output
+
+    async with hosted(server, service) as ingress:
+        assert await ingress.call("Dynamic/run") == "seen"
+        assert await ingress.steps("Dynamic") == [
+            "dyn__dynamic_toolset__later.get_tools",
+            "dyn__model.request",
+            "dyn__dynamic_toolset__later.call_tool:look",
+            "dyn__dynamic_toolset__later.get_tools",
+            "dyn__model.request",
+        ]
+    assert done["look"] == 1
+
+
+async def test_events_are_handled_once(server: RestateServer) -> None:
+    """The event stream handler sees each event once, not again on replay."""
+    kinds: Counter[str] = Counter()
+
+    async def handle(ctx: RunContext, events: Any) -> None:
+        async for event in events:
+            kinds[event.event_kind] += 1
+
+    async def stream(
+        messages: list[ModelMessage], info: AgentInfo
+    ) -> AsyncIterator[str | dict[int, DeltaToolCall]]:
+        done["model"] += 1
+        if len(messages) == 1:
+            yield {0: DeltaToolCall("look", "{}", tool_call_id="1")}
+        else:
+            yield "all "
+            yield "done"
+
+    agent = Agent(
+        FunctionModel(stream_function=stream),
+        name="events",
+        capabilities=[durable.RestateDurability(event_stream_handler=handle)],
+    )
+    service = restate.Service("Events")
+
+    @agent.tool_plain
+    async def look() -> str:
+        return "seen"
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> str:
+        return (await agent.run("go")).output
+
+    async with hosted(server, service) as ingress:
+        assert await ingress.call("Events/run") == "all done"
+    assert kinds["function_tool_call"] == 1
+    assert kinds["function_tool_result"] == 1
+    assert done["model"] == 2
+
+
+async def test_toolsets_given_at_run_time_are_journaled(server: RestateServer) -> None:
+    """A toolset passed to `run` is as durable as one the agent was built with; it needs an id."""
+    agent = Agent(calls("look"), name="late", capabilities=[durable.RestateDurability()])
+    service = restate.Service("RunTime")
+
+    def look() -> str:
+        done["look"] += 1
+        return "seen"
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> str:
+        toolset = FunctionToolset([look], id="late")
+        return (await agent.run("go", toolsets=[toolset])).output
+
+    @service.handler()
+    async def without_id(ctx: restate.Context) -> str:
+        return (await agent.run("go", toolsets=[FunctionToolset([look])])).output
+
+    async with hosted(server, service) as ingress:
+        assert await ingress.call("RunTime/run") == "seen"
+        assert (await ingress.steps("RunTime"))[1] == "late__function_toolset__late.call_tool:look"
+        refused = await ingress.post("RunTime/without_id")
+        assert refused.status_code == 500
+        assert "unique `id`" in refused.json()["message"]
+    assert done["look"] == 1
