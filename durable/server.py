@@ -39,6 +39,10 @@ __all__ = ["VERSION", "RestateServer", "ServerError", "ServerInstallError", "Ser
 REGISTER_TIMEOUT = 10.0
 """How many seconds a deployment that is registered may take until it answers."""
 
+# The server asks GitHub for a newer version at each start, which no setting turns off. Without a
+# network that fails, harmlessly, and would be the first error in the log of every failed start.
+_DEFAULTS = {"RESTATE_LOG_FILTER": "warn,restate=info,octocrab=off"}
+
 _PORT_TAKEN = "RT0004"  # restate-server's error code
 _UNREACHABLE = "META0003"  # the admin API's error code for a deployment that does not answer
 
@@ -288,7 +292,7 @@ class RestateServer:
         }
         if self._always_replay:
             settings["RESTATE_WORKER__INVOKER__INACTIVITY_TIMEOUT"] = "0s"
-        return {**os.environ, **settings, **self._env}
+        return {**_DEFAULTS, **os.environ, **settings, **self._env}
 
     def _delete_throw_away_data(self) -> None:
         if self._given_data_dir is None:
