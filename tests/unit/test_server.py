@@ -231,7 +231,9 @@ class TestStart:
     ) -> None:
         script(server_script, 'echo $$ > "$SCRIPT_DIR/pids"; exec sleep 60')
         code = "from durable.server import RestateServer; RestateServer().__enter__()"
-        with subprocess.Popen([sys.executable, "-c", code]) as parent:
+        # killed, it cannot delete its throw-away data either
+        environment = {**os.environ, "TMPDIR": str(tmp_path)}
+        with subprocess.Popen([sys.executable, "-c", code], env=environment) as parent:
             pids = tmp_path / "pids"
             wait_until(lambda: pids.exists() and pids.read_text().endswith("\n"), seconds=30)
             assert alive(int(pids.read_text()))
