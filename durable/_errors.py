@@ -14,7 +14,7 @@ tells them apart; an exception is looked up by its closest base class in it.
 Messages carry no response bodies and no headers: they are stored in the journal and sent to callers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -54,8 +54,7 @@ VERDICTS: Mapping[type[BaseException], Terminal | Retry] = {
     pai.ConcurrencyLimitExceeded: RETRY,
     pai.AgentRunError: Terminal(500),
     # the provider
-    pai.ModelAPIError: RETRY,
-    pai.ModelHTTPError: Terminal(502),  # without a category: see `verdict` for its status
+    pai.ModelAPIError: RETRY,  # with an HTTP status but without a category: see `verdict`
     pai.ModelRateLimitError: RETRY,
     pai.ModelQuotaExceededError: Terminal(503),
     pai.ModelUnavailableError: RETRY,
@@ -89,12 +88,11 @@ def verdict(error: BaseException) -> Terminal | Retry | None:
         members = cast("tuple[Exception, ...]", error.exceptions)
         if any(isinstance(verdict(member), Retry) for member in members):
             return RETRY
-    found = next((VERDICTS[base] for base in type(error).__mro__ if base in VERDICTS), None)
-    if type(error) is pai.ModelHTTPError and (
-        error.status_code >= 500 or error.status_code in {408, 409, 425, 429}
-    ):
-        return RETRY
-    return found
+    base = next((base for base in type(error).__mro__ if base in VERDICTS), None)
+    if base is pai.ModelAPIError and isinstance(error, pai.ModelHTTPError):
+        passing = error.status_code >= 500 or error.status_code in {408, 409, 425, 429}
+        return RETRY if passing else Terminal(502)
+    return None if base is None else VERDICTS[base]
 
 
 def retry_after(error: BaseException) -> timedelta | None:
@@ -141,33 +139,41 @@ def handler_failure(error: Exception) -> TerminalError | None:
 
     Looks along the chain of `__cause__`, as restate-sdk does for its own errors.
     """
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, (TerminalError, RetryableError)):
-            return None  # the SDK knows what to do
+    causes = list(_causes(error))
+    if any(isinstance(cause, (TerminalError, RetryableError)) for cause in causes):
+        return None  # the SDK knows what to do
+    for cause in causes:
         if isinstance(found := verdict(cause), Terminal):
             return TerminalError(describe(cause), status_code=found.status)
-        cause = cause.__cause__
     return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def describe(error: BaseException) -> str:
     """Say what happened, without the provider's body and headers."""
-    name = type(error).__name__
+    return f"{type(error).__name__}: {_message(error)}"
+
+
+def _message(error: BaseException) -> str:
     if isinstance(error, pai.FallbackExceptionGroup):
         members = cast("tuple[Exception, ...]", error.exceptions)
-        return f"{name}: all models failed: {'; '.join(map(describe, members))}"
+        return f"all models failed: {'; '.join(map(describe, members))}"
     if isinstance(error, pai.ModelHTTPError):
         code = error.provider_error_code or error.provider_error_type
         reason = f" ({code})" if code else ""
-        return f"{name}: model `{error.model_name}` answered {error.status_code}{reason}"
+        return f"model `{error.model_name}` answered {error.status_code}{reason}"
     if isinstance(error, pai.UnexpectedModelBehavior):
-        return f"{name}: {error.message}"  # `str` would add the body
-    return f"{name}: {error}"
+        return error.message  # `str` would add the body
+    return str(error)
 
 
 def _encode(error: BaseException) -> dict[str, Any]:
-    encoded: dict[str, Any] = {"type": type(error).__name__, "message": describe(error)}
+    encoded: dict[str, Any] = {"type": type(error).__name__, "message": _message(error)}
     if isinstance(error, pai.FallbackExceptionGroup):
         encoded["errors"] = [
             _encode(member) for member in cast("tuple[Any, ...]", error.exceptions)

@@ -44,7 +44,7 @@ class Ingress:
         return [row["name"] for row in rows]
 
     async def invocation(self, service: str) -> dict[str, Any]:
-        """Return the last invocation of `service`."""
+        """Return the last invocation of `service`; what is null is left out."""
         rows = await self.server.query(
             "SELECT id, status, retry_count, completion_result, completion_failure FROM sys_invocation "
             f"WHERE target_service_name = '{service}' ORDER BY created_at DESC LIMIT 1"

@@ -1,0 +1,274 @@
+"""Hopeless errors end a run at once; passing ones are retried at the provider's pace."""
+
+import asyncio
+from collections import Counter
+from datetime import timedelta
+from email.utils import formatdate
+from time import time
+
+import pytest
+import restate
+from pydantic import BaseModel
+from pydantic_ai import Agent, ModelRetry
+from pydantic_ai.exceptions import (
+    FallbackExceptionGroup,
+    ModelAuthenticationError,
+    ModelHTTPError,
+    UnexpectedModelBehavior,
+    UsageLimitExceeded,
+)
+from pydantic_ai.models.fallback import FallbackModel
+from pydantic_ai.models.test import TestModel
+from pydantic_ai.usage import UsageLimits
+
+import durable
+from durable.server import RestateServer
+from tests.live.hosting import Ingress, hosted
+from tests.live.providers import Answer, provider
+
+pytestmark = pytest.mark.live
+
+FAST = restate.RunOptions[object](max_attempts=3, initial_retry_interval=timedelta(milliseconds=10))
+
+
+async def attempts(ingress: Ingress, service: str) -> int:
+    """How often the last invocation of `service` was retried."""
+    return (await ingress.invocation(service)).get("retry_count", 0)
+
+
+async def test_usage_limit_ends_at_once(server: RestateServer) -> None:
+    """A limit is hit again on every replay: the caller gets 429 after one attempt."""
+    agent = Agent(TestModel(), name="limited", capabilities=[durable.RestateDurability()])
+    service = restate.Service("Limit")
+
+    @agent.tool_plain
+    def tool() -> str:
+        return "called"
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> str:
+        return (await agent.run("go", usage_limits=UsageLimits(request_limit=1))).output
+
+    @service.handler()
+    async def caught(ctx: restate.Context) -> str:
+        try:
+            return (await agent.run("go", usage_limits=UsageLimits(request_limit=1))).output
+        except UsageLimitExceeded as error:
+            return type(error).__name__
+
+    async with hosted(server, service) as ingress:
+        response = await ingress.post("Limit/run")
+        assert response.status_code == 429
+        assert "UsageLimitExceeded" in response.json()["message"]
+        assert await attempts(ingress, "Limit") == 0
+        assert await ingress.call("Limit/caught") == "UsageLimitExceeded"
+
+
+async def test_wrong_key_ends_at_once_and_keeps_its_class(server: RestateServer) -> None:
+    """One request is made; `except ModelAuthenticationError` works after a replay; nothing leaks."""
+    seen: list[type] = []
+    with provider([Answer("secret-body", status=401)]) as api:
+        agent = Agent(api.model(), name="keyless", capabilities=[durable.RestateDurability()])
+        service = restate.Service("Key")
+
+        @service.handler()
+        async def run(ctx: restate.Context) -> str:
+            return (await agent.run("go")).output
+
+        @service.handler()
+        async def caught(ctx: restate.Context) -> str:
+            with pytest.raises(ModelAuthenticationError) as caught:
+                await agent.run("go")
+            error = caught.value
+            assert isinstance(error, ModelHTTPError)
+            assert error.status_code == 401
+            assert error.provider_error_code == "scripted_code"
+            seen.append(type(error))
+            await ctx.run_typed("after", after)  # in always-replay mode all is replayed here
+            return f"{error}"
+
+        async def after() -> None:
+            pass
+
+        async with hosted(server, service) as ingress:
+            response = await ingress.post("Key/run")
+            assert response.status_code == 502
+            assert "answered 401 (scripted_code)" in response.json()["message"]
+            assert len(api.times) == 1
+            message = await ingress.call("Key/caught")
+            assert len(api.times) == 2
+            assert "secret-body" not in response.text + message
+            journal = await server.query("SELECT * FROM sys_journal")
+            assert "secret-body" not in str(journal)
+            assert "canary-key" not in str(journal)
+    assert set(seen) == {seen[0]}
+
+
+@pytest.mark.parametrize("date", [False, True])
+async def test_rate_limit_waits_as_long_as_asked(server: RestateServer, date: bool) -> None:
+    """`Retry-After`, in seconds or as a date, is a delay of the server's, then the run goes on."""
+    after = formatdate(time() + 3, usegmt=True) if date else "1"
+    limited = Answer("slow down", status=429, headers={"retry-after": after})
+    with provider([limited, Answer("finally")]) as api:
+        agent = Agent(api.model(), name="patient", capabilities=[durable.RestateDurability()])
+        service = restate.Service("Patient")
+
+        @service.handler()
+        async def run(ctx: restate.Context) -> str:
+            return (await agent.run("go")).output
+
+        async with hosted(server, service) as ingress:
+            assert await ingress.call("Patient/run") == "finally"
+        first, second = api.times
+        assert second - first >= 1
+
+
+async def test_server_errors_are_retried_until_the_options_say_no(server: RestateServer) -> None:
+    """A 500 is tried again; the attempts used up end the run with the step's error."""
+    with provider([Answer(status=500), Answer(status=503), Answer("up again")]) as api:
+        agent = Agent(
+            api.model(),
+            name="flaky",
+            capabilities=[durable.RestateDurability(model_run_options=FAST)],
+        )
+        service = restate.Service("Flaky")
+
+        @service.handler()
+        async def run(ctx: restate.Context) -> str:
+            return (await agent.run("go")).output
+
+        async with hosted(server, service) as ingress:
+            assert await ingress.call("Flaky/run") == "up again"
+            assert len(api.times) == 3
+    with provider([Answer(status=500)]) as api:
+        agent = Agent(
+            api.model(),
+            name="down",
+            capabilities=[durable.RestateDurability(model_run_options=FAST)],
+        )
+        service = restate.Service("Down")
+
+        @service.handler()
+        async def down(ctx: restate.Context) -> str:
+            return (await agent.run("go")).output
+
+        async with hosted(server, service) as ingress:
+            response = await ingress.post("Down/down")
+            assert response.status_code >= 500
+            assert "answered 500" in response.json()["message"]
+            assert len(api.times) == 3
+
+
+async def test_all_models_rejecting_ends_at_once(server: RestateServer) -> None:
+    """`FallbackModel` is one step; its group of errors ends the run if no model may recover."""
+    with provider([Answer(status=401)]) as api:
+        model = FallbackModel(api.model(), api.model())
+        agent = Agent(model, name="fallback", capabilities=[durable.RestateDurability()])
+        service = restate.Service("Fallback")
+
+        @service.handler()
+        async def run(ctx: restate.Context) -> list[str]:
+            try:
+                return [(await agent.run("go")).output]
+            except FallbackExceptionGroup as group:
+                return [type(error).__name__ for error in group.exceptions]
+
+        async with hosted(server, service) as ingress:
+            assert await ingress.call("Fallback/run") == ["ModelAuthenticationError"] * 2
+            assert len(api.times) == 2
+
+
+async def test_output_that_never_validates_ends_the_run(server: RestateServer) -> None:
+    """A model that never produces valid output is a clear 502, not an endless retry."""
+
+    class Number(BaseModel):
+        value: int
+
+    with provider([Answer("no number")]) as api:
+        agent = Agent(
+            api.model(),
+            name="never",
+            output_type=Number,
+            capabilities=[durable.RestateDurability()],
+        )
+        service = restate.Service("Never")
+
+        @service.handler()
+        async def run(ctx: restate.Context) -> int:
+            return (await agent.run("go")).output.value
+
+        async with hosted(server, service) as ingress:
+            response = await ingress.post("Never/run")
+            assert response.status_code == 502
+            assert "Exceeded maximum output retries" in response.json()["message"]
+
+
+async def test_a_result_that_cannot_be_stored_ends_the_run(server: RestateServer) -> None:
+    """The message names the step and says what can be stored."""
+    agent = Agent(TestModel(), name="odd", capabilities=[durable.RestateDurability()])
+    service = restate.Service("Odd")
+
+    @agent.tool_plain
+    def tool() -> object:
+        return object()
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> str:
+        return (await agent.run("go")).output
+
+    async with hosted(server, service) as ingress:
+        response = await ingress.post("Odd/run")
+        assert response.status_code == 500
+        assert "cannot be stored in the journal" in response.json()["message"]
+        assert "call_tool:tool" in response.json()["message"]
+
+
+async def test_a_failing_tool_does_not_hurt_its_siblings(server: RestateServer) -> None:
+    """The failing tool is retried; the slower one beside it is neither cut off nor repeated."""
+    done: Counter[str] = Counter()
+    agent = Agent(
+        TestModel(),
+        name="siblings",
+        capabilities=[durable.RestateDurability(tool_run_options=FAST)],
+    )
+    service = restate.Service("Siblings")
+
+    @agent.tool_plain
+    async def fails_once() -> str:
+        done["fails_once"] += 1
+        if done["fails_once"] == 1:
+            raise RuntimeError("passing")
+        return "ok"
+
+    @agent.tool_plain
+    async def slow() -> str:
+        await asyncio.sleep(0.3)
+        done["slow"] += 1
+        return "ok"
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> str:
+        return (await agent.run("go")).output
+
+    async with hosted(server, service) as ingress:
+        await ingress.call("Siblings/run")
+    assert done == {"fails_once": 2, "slow": 1}
+
+
+async def test_unexpected_output_is_the_original_class(server: RestateServer) -> None:
+    """What PydanticAI raises in handler code reaches the handler unchanged."""
+    agent = Agent(TestModel(), name="odd-tool", capabilities=[durable.RestateDurability()])
+    service = restate.Service("Original")
+
+    @agent.tool_plain(retries=0)
+    def tool() -> str:
+        raise ModelRetry("again")
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> str:
+        with pytest.raises(UnexpectedModelBehavior, match="exceeded max retries"):
+            await agent.run("go")
+        return "caught"
+
+    async with hosted(server, service) as ingress:
+        assert await ingress.call("Original/run") == "caught"

@@ -1,0 +1,67 @@
+"""Bad input is the caller's mistake: a 400 that names the field, at once."""
+
+from typing import Any
+
+import pytest
+import restate
+from pydantic import BaseModel, ConfigDict, Field
+
+from durable.server import RestateServer
+from tests.live.hosting import hosted
+
+pytestmark = pytest.mark.live
+
+
+class Request(BaseModel):
+    """A request with everything that can be wrong."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: str = "hello"
+    prompts: list[str] = Field(["one"], min_length=1)
+
+
+def service() -> restate.Service:
+    """A service that answers with what it got."""
+    service = restate.Service("Input")
+
+    @service.handler()
+    async def run(ctx: restate.Context, request: Request) -> Request:
+        return request
+
+    return service
+
+
+@pytest.mark.parametrize(
+    ("body", "names"),
+    [
+        ({"text": 5}, "`text`: Input should be a valid string"),
+        ({"prompts": []}, "`prompts`: List should have at least 1 item"),
+        ({"prompts": ["a", 7]}, "`prompts.1`: Input should be a valid string"),
+        ({"promts": ["a"]}, "`promts`: Extra inputs are not permitted"),
+        ([1, 2], "`body`: Input should be an object"),
+    ],
+)
+async def test_a_wrong_field_is_named(server: RestateServer, body: Any, names: str) -> None:
+    """The caller learns which field is wrong, and the value is not echoed."""
+    async with hosted(server, service()) as ingress:
+        response = await ingress.post("Input/run", body)
+        assert response.status_code == 400
+        assert names in response.json()["message"]
+        assert (await ingress.invocation("Input")).get("retry_count", 0) == 0
+
+
+async def test_wrong_json(server: RestateServer) -> None:
+    """A body that is no JSON is a 400 too."""
+    async with hosted(server, service()) as ingress:
+        response = await ingress.post(
+            "Input/run", content=b'{"text": ', headers={"content-type": "application/json"}
+        )
+        assert response.status_code == 400
+        assert "JSON" in response.json()["message"]
+
+
+async def test_defaults_apply(server: RestateServer) -> None:
+    """The defaults of the request model make an empty object a valid request."""
+    async with hosted(server, service()) as ingress:
+        assert await ingress.call("Input/run", {}) == {"text": "hello", "prompts": ["one"]}
