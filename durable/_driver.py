@@ -69,12 +69,13 @@ class Driver:
             context: The SDK's `ServerInvocationContext` of the attempt.
         """
         self._host = asyncio.get_running_loop()
-        self._loop = HandlerLoop(host=self._host, timers=self)
+        self._loop = HandlerLoop(host=self._host, attempt=self)
         self._context = context
         self._vm = context.vm
         self._waiters: dict[asyncio.Future[None], UnresolvedFuture] = {}
         self._timers: dict[int, asyncio.TimerHandle] = {}
         self._cancelled = False
+        self._failure: Exception | None = None
         self._flush = context.take_and_send_output
         self._steps = Steps(context)
         context.create_poll_or_cancel_coroutine = self._wait
@@ -108,7 +109,12 @@ class Driver:
         finally:
             self._loop.close(list(self._waiters))
 
-    def start(self, delay: float, handle: asyncio.TimerHandle) -> None:
+    def fail(self, error: Exception) -> None:
+        """End the attempt with `error`."""
+        self._failure = error
+        self._steps.wake_driver()
+
+    def start_timer(self, delay: float, handle: asyncio.TimerHandle) -> None:
         """Make the durable sleep behind a timer of the handler loop."""
         self._timers[self._vm.sys_sleep(ceil(delay * 1000), "timer")] = handle
 
@@ -130,7 +136,7 @@ class Driver:
 
     async def _deliver(self, root: asyncio.Task[Any]) -> None:
         """Get the next completion from the SDK's core and hand it to whoever waits for it."""
-        while True:
+        while self._failure is None:
             progress = self._vm.do_progress(self._awaited())
             if isinstance(progress, DoProgressExecuteRun):
                 self._steps.begin(progress.handle)
@@ -146,6 +152,7 @@ class Driver:
                     raise SuspendedException
                 logger.error("The attempt failed, Restate will retry it: %s", progress)
                 raise SdkInternalException from progress
+        raise self._failure
 
     def _awaited(self) -> UnresolvedFuture:
         """Combine what all tasks wait for."""
@@ -156,7 +163,8 @@ class Driver:
         if not awaited:
             raise UserError(
                 "The handler waits, but for nothing durable: no step, call, timer, awakeable or promise. It "
-                "would wait for ever. Await a durable operation, or set the event it waits for."
+                "would wait for ever. Await a durable operation, set the event it waits for, or move the "
+                "thread it waits for into a step."
             )
         return awaited[0] if len(awaited) == 1 else FirstCompletedUnresolvedFuture(awaited)
 

@@ -205,7 +205,8 @@ def _decode(encoded: dict[str, Any]) -> Exception | None:
     fields: dict[str, Any] = encoded.get("fields", {})
     if "status_code" in encoded:
         return _http_error(error_type, encoded["status_code"], fields, message)
-    error = error_type.__new__(error_type)
+    # of the base that decides the memory layout: `RunTimedOut` is an `OSError` too
+    error: Exception = cast(Any, error_type.__base__).__new__(error_type)
     error.args = (message,)
     defaults = {
         "message": message,

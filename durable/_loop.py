@@ -45,26 +45,30 @@ class AttemptOver(KeyboardInterrupt):
     """
 
 
-class Timers(Protocol):
-    """Where the loop gets timers that survive a crash."""
+class Attempt(Protocol):
+    """What the loop asks of the attempt that it runs handler code for."""
 
-    def start(self, delay: float, handle: asyncio.TimerHandle) -> None:
+    def start_timer(self, delay: float, handle: asyncio.TimerHandle) -> None:
         """Have `handle` run `delay` seconds from now, also if this process ends meanwhile."""
+        ...
+
+    def fail(self, error: Exception) -> None:
+        """End the attempt with `error`. Called on the host loop."""
         ...
 
 
 class HandlerLoop(asyncio.AbstractEventLoop):
     """Runs the tasks of one invocation attempt inside callbacks of a host loop."""
 
-    def __init__(self, *, host: asyncio.AbstractEventLoop, timers: Timers) -> None:
+    def __init__(self, *, host: asyncio.AbstractEventLoop, attempt: Attempt) -> None:
         """Create the loop.
 
         Args:
             host: The ordinary event loop that steps and the driver run on.
-            timers: Makes the durable sleeps behind `call_later` and `call_at`.
+            attempt: Makes the durable sleeps behind `call_later` and `call_at`.
         """
         self._host = host
-        self._timers = timers
+        self._attempt = attempt
         self._ready: deque[asyncio.Handle] = deque()
         self._now = 0.0
         self._closed = False
@@ -175,7 +179,7 @@ class HandlerLoop(asyncio.AbstractEventLoop):
         if when <= self._now:
             self._ready.append(handle)
         elif not self._closed:
-            self._timers.start(when - self._now, handle)
+            self._attempt.start_timer(when - self._now, handle)
         return handle
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
@@ -228,17 +232,19 @@ class HandlerLoop(asyncio.AbstractEventLoop):
 
     def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> NoReturn:
         """Refuse: a thread's timing differs on replay."""
-        _refuse("a thread (`asyncio.to_thread`, `run_in_executor`, `anyio.to_thread`)")
+        raise _refusal("a thread (`asyncio.to_thread`, `run_in_executor`)")
 
     def call_soon_threadsafe(
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
-    ) -> NoReturn:
-        """Refuse: only threads need it."""
-        _refuse("a callback from another thread (`call_soon_threadsafe`)")
+    ) -> asyncio.Handle:
+        """Refuse a result from another thread by ending the attempt: the thread could do nothing."""
+        error = _refusal("a thread (`anyio.to_thread`, `call_soon_threadsafe`)")
+        self._host.call_soon_threadsafe(self._attempt.fail, error)
+        return asyncio.Handle(callback, args, self, context)
 
 
-def _refuse(what: str) -> NoReturn:
-    raise UserError(
+def _refusal(what: str) -> UserError:
+    return UserError(
         f"Handler code used {what}, which would not happen the same way when Restate replays the "
         'handler. Do it inside a step: `await ctx.run_typed("name", function)`, or in a tool without '
         '`metadata={"restate": False}`.'
@@ -247,7 +253,7 @@ def _refuse(what: str) -> NoReturn:
 
 def _refusing(name: str) -> Callable[..., NoReturn]:
     def refuse(self: HandlerLoop, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse(f"the event loop's `{name}`")
+        raise _refusal(f"the event loop's `{name}`")
 
     refuse.__name__ = name
     return refuse

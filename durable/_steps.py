@@ -55,7 +55,7 @@ class Steps(dict[int, Step]):
         if self._failing:
             return  # the attempt is about to end; the next one begins this step
         if self._flush_timer is None:
-            self._flush_timer = self._host.call_later(FLUSH_DELAY, self._wake_driver)
+            self._flush_timer = self._host.call_later(FLUSH_DELAY, self.wake_driver)
         self._executing += 1
         self._tasks.add(self._host.create_task(self._run(step), context=context))
 
@@ -77,9 +77,10 @@ class Steps(dict[int, Step]):
         finally:
             self._executing -= 1
             self._release_failures()
-            self._wake_driver()
+            self.wake_driver()
 
-    def _wake_driver(self) -> None:
+    def wake_driver(self) -> None:
+        """Make the driver look again at what there is to do."""
         event: Any = {"type": "restate.run_completed", "data": None}
         self._host.create_task(self._receive.enqueue_restate_event(event))
 
