@@ -18,11 +18,9 @@ import anyio.to_thread
 from pydantic_ai.exceptions import UserError
 from pydantic_ai.messages import ModelMessage, ModelResponse
 from pydantic_ai.models import Model, ModelRequestParameters, StreamedResponse
-from pydantic_ai.models.anthropic import AnthropicModel
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.models.wrapper import WrapperModel
 from pydantic_ai.profiles import JsonSchemaTransformer, ModelProfile
-from pydantic_ai.providers.anthropic import AnthropicProvider
 from pydantic_ai.providers.openai import OpenAIProvider
 from pydantic_ai.settings import ModelSettings
 from pydantic_ai.tools import RunContext
@@ -32,7 +30,7 @@ from agents.local_model import MODEL_NAME, LocalModelError, shared_url
 OPENAI_DEFAULT = "gpt-6-luna"
 ANTHROPIC_DEFAULT = "claude-haiku-5-5"
 
-LOCAL_STRING = 500
+LOCAL_STRING = 300
 """No string in an answer of the local model is longer, whatever its schema says."""
 LOCAL_LIST = 5
 """No list in an answer of the local model has more items, whatever its schema says."""
@@ -59,11 +57,7 @@ def configured_model() -> Model:
     if provider == "local":
         return LocalModel()
     if provider == "anthropic":
-        return AnthropicModel(
-            name,
-            provider=AnthropicProvider(api_key=_key("ANTHROPIC_API_KEY", "anthropic")),
-            profile=_json_schema_mode,
-        )
+        return _anthropic(name)
     if base_url := os.environ.get("OPENAI_BASE_URL"):
         # What all OpenAI-compatible servers understand is chat completions; local ones need no key.
         key = os.environ.get("OPENAI_API_KEY") or "not-needed"
@@ -71,6 +65,15 @@ def configured_model() -> Model:
         return OpenAIChatModel(name, provider=server, profile=_json_schema_mode)
     openai = OpenAIProvider(base_url=_OPENAI_URL, api_key=_key("OPENAI_API_KEY", "openai"))
     return OpenAIResponsesModel(name, provider=openai, profile=_json_schema_mode)
+
+
+def _anthropic(name: str) -> Model:
+    # Imported here: it takes seconds, at each start of a worker that may well not use it.
+    from pydantic_ai.models.anthropic import AnthropicModel  # noqa: PLC0415
+    from pydantic_ai.providers.anthropic import AnthropicProvider  # noqa: PLC0415
+
+    provider = AnthropicProvider(api_key=_key("ANTHROPIC_API_KEY", "anthropic"))
+    return AnthropicModel(name, provider=provider, profile=_json_schema_mode)
 
 
 def _choice() -> tuple[str, str]:
@@ -105,11 +108,11 @@ def _json_schema_mode(profile: ModelProfile) -> ModelProfile:
 
 
 class _BoundedSchema(JsonSchemaTransformer):
-    """Gives every string and list of a schema an end that the small model reaches within its tokens.
+    """Gives every string and list of a schema an end that the small model reaches in its tokens.
 
-    llama.cpp compiles `maxLength` and `maxItems` into the grammar that it samples by. Without them a
-    model this small repeats itself until its tokens are used up, which leaves broken JSON. (OpenAI's
-    strict form of a schema is not used: it is written for OpenAI's limits and drops keywords.)
+    llama.cpp compiles `maxLength` and `maxItems` into the grammar that it samples by. Without them
+    a model this small repeats itself until its tokens are used up, which leaves broken JSON.
+    (OpenAI's strict form of a schema is written for OpenAI's limits and drops keywords.)
     """
 
     def transform(self, schema: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +145,6 @@ class LocalModel(OpenAIChatModel):
                 max_tokens=2048,
                 temperature=0.3,
                 timeout=300,  # generous: with all slots taken a request waits for its turn
-                extra_body={"dry_multiplier": 0.8},  # llama.cpp: fewer repetitions of whole phrases
             ),
         )
 
