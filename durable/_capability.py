@@ -29,6 +29,7 @@ from restate import RunOptions
 from durable._context import current_invocation
 from durable._errors import not_serializable
 from durable._operation_backend import RestateOperationBackend
+from durable._sdk import check_sdk_version
 from durable._toolsets import RestateDynamicToolset, RestateMCPToolset
 
 DEFAULT_RUN_OPTIONS = RunOptions[Any](
@@ -130,8 +131,10 @@ class RestateDurability(BaseDurabilityCapability[AgentDepsT]):
             capability_run_options: Options for the durable operations of other capabilities.
 
         Raises:
-            UserError: When an option is set that `RestateDurability` decides itself.
+            UserError: When an option is set that `RestateDurability` decides itself, or the installed
+                restate-sdk is not one of the supported versions.
         """
+        check_sdk_version()
         super().__init__(models=models, event_stream_handler=event_stream_handler, name=name)
         options = {
             "model_run_options": model_run_options,

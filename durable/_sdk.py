@@ -13,12 +13,15 @@ without an import is listed here too, so that a new release is a matter of this 
 Verified with restate-sdk 1.3.0 and pydantic-ai 2.68.0 on 2026-11-23.
 """
 
+from importlib import metadata
+
 from pydantic_ai import _utils as _pydantic_ai_utils
 from pydantic_ai.durable_exec._toolset import (
     DurableDynamicToolset,
     DurableMCPToolset,
     DurableToolsetBase,
 )
+from pydantic_ai.exceptions import UserError
 from restate.handler import Handler
 from restate.server_context import DisconnectedException, ServerInvocationContext
 from restate.vm import (
@@ -32,6 +35,21 @@ from restate.vm import (
     Suspended,
     UnresolvedFuture,
 )
+
+SDK_SERIES = "1.3."
+"""The releases of restate-sdk whose private names are known."""
+
+
+def check_sdk_version() -> None:
+    """Raise `UserError` when another restate-sdk is installed than the tested ones."""
+    installed = metadata.version("restate-sdk")
+    if not installed.startswith(SDK_SERIES):
+        raise UserError(
+            f"This version of pydantic-ai-restate works with restate-sdk {SDK_SERIES}x, but {installed} "
+            f"is installed. Run `pip install 'restate-sdk~={SDK_SERIES}0'`, or install a version of "
+            "pydantic-ai-restate made for it."
+        )
+
 
 disable_threads = _pydantic_ai_utils._disable_threads  # pyright: ignore[reportPrivateUsage]
 """Whether PydanticAI runs sync functions inline instead of in a thread."""
@@ -52,5 +70,6 @@ __all__ = [
     "SingleUnresolvedFuture",
     "Suspended",
     "UnresolvedFuture",
+    "check_sdk_version",
     "disable_threads",
 ]

@@ -34,7 +34,7 @@ from durable._process import (
     why_not_free,
 )
 
-__all__ = ["VERSION", "RestateServer", "ServerError", "ServerInstallError", "ServerStartError"]
+__all__ = ["RestateServer", "ServerError", "ServerInstallError", "ServerStartError", "VERSION"]
 
 REGISTER_TIMEOUT = 10.0
 """How many seconds a deployment that is registered may take until it answers."""

@@ -30,7 +30,7 @@ from durable._process import (
 EXIT_NO_APP = 2
 """The exit code of a worker whose `MODULE:APP` does not name an application."""
 
-__all__ = ["EXIT_NO_APP", "AppNotFoundError", "Worker", "WorkerError", "serve"]
+__all__ = ["AppNotFoundError", "EXIT_NO_APP", "Worker", "WorkerError", "serve"]
 
 
 class Worker:
