@@ -195,8 +195,8 @@ def serve(*, port: int, owned: bool) -> None:
     params.port = port
     params.n_parallel = SLOTS
     params.n_ctx = SLOTS * SLOT_TOKENS
-    # More threads are quicker on an idle machine, but they wait for each other spinning: with a busy
-    # neighbour on 2 cores, 2 threads made 6-26 tokens/s and 1 thread 72.
+    # More threads are quicker on an idle machine, but they wait for each other spinning: with busy
+    # neighbours on 2 cores, 2 threads made 6-26 tokens/s and 1 thread 72.
     threads = max(1, min(4, (os.cpu_count() or 1) // 2))
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.verbosity = 0
