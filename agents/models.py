@@ -144,6 +144,7 @@ class LocalModel(OpenAIChatModel):
             settings=ModelSettings(
                 max_tokens=2048,
                 temperature=0.3,
+                frequency_penalty=0.4,  # fewer answers like `1.1.1.1...`, which take most time
                 timeout=300,  # generous: with all slots taken a request waits for its turn
             ),
         )
