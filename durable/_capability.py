@@ -1,12 +1,15 @@
 """`RestateDurability`: the capability that makes an ordinary PydanticAI agent durable on Restate."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar, Literal, cast
 
 from pydantic_ai.agent import EventStreamHandler
+from pydantic_ai.capabilities import WrapModelRequestHandler, WrapRunHandler
 from pydantic_ai.durable_exec import (
     JSON_CODEC,
     BaseDurabilityCapability,
@@ -21,15 +24,25 @@ from pydantic_ai.durable_exec import (
     conversation_id_from_run_id,
 )
 from pydantic_ai.exceptions import UserError
-from pydantic_ai.models import Model
-from pydantic_ai.tools import AgentDepsT
+from pydantic_ai.messages import ModelResponse
+from pydantic_ai.models import Model, ModelRequestContext
+from pydantic_ai.run import AgentRunResult
+from pydantic_ai.tools import AgentDepsT, RunContext
 from pydantic_ai.toolsets import AbstractToolset, DynamicToolset, ToolsetTool
 from restate import RunOptions
 
-from durable._context import current_invocation
+from durable._context import Invocation, current_invocation
+from durable._driver import InvocationCancelled
 from durable._errors import not_serializable
-from durable._operation_backend import RestateOperationBackend
-from durable._sdk import check_sdk_version
+from durable._identity import RunClock, current_run_clock
+from durable._operation_backend import (
+    BYTES_RUN_OPTIONS,
+    RestateOperationBackend,
+    StepOptions,
+    current_step,
+    run_step,
+)
+from durable._sdk import DurableModel, check_sdk_version
 from durable._toolsets import RestateDynamicToolset, RestateMCPToolset
 
 DEFAULT_RUN_OPTIONS = RunOptions[Any](
@@ -49,6 +62,10 @@ _RETRY_FIELDS = frozenset(
         "retry_interval_factor",
     }
 )
+_TOOL_FIELDS = frozenset({"timeout", "name", "at_most_once"})
+
+_live_model: ContextVar[Model | None] = ContextVar("durable.live_model", default=None)
+"""The model instance of the request that is being made."""
 
 
 @dataclass(init=False)
@@ -95,6 +112,7 @@ class RestateDurability(BaseDurabilityCapability[AgentDepsT]):
         # In any of PydanticAI's modes the driver keeps parallel tool calls in one order on every replay.
         sequential_tools_in_durable_context=False,
         tool_config_key="restate",
+        cancellation_error_types=(InvocationCancelled,),
     )
 
     def __init__(
@@ -124,8 +142,10 @@ class RestateDurability(BaseDurabilityCapability[AgentDepsT]):
                 it for as long as an invocation may be in flight.
             model_run_options: Options for model requests.
             tool_run_options: Options for function tools and dynamic toolsets. A single tool overrides
-                fields with `metadata={"restate": {"max_attempts": 3}}`; with
-                `metadata={"restate": False}` it runs in handler code, without a step.
+                fields with `metadata={"restate": {"max_attempts": 3}}`, and may set `timeout` (seconds a
+                try may take), `name` (in the step's name) and `at_most_once` (never begun twice: after a
+                crash the model is told that the outcome is unknown). With `metadata={"restate": False}`
+                it runs in handler code, without a step.
             mcp_run_options: Options for MCP servers.
             event_run_options: Options for tool events sent to the event stream handler.
             capability_run_options: Options for the durable operations of other capabilities.
@@ -144,12 +164,19 @@ class RestateDurability(BaseDurabilityCapability[AgentDepsT]):
             "capability_run_options": capability_run_options,
         }
         _check_run_options(options)
-        self._run_options = {key: value or DEFAULT_RUN_OPTIONS for key, value in options.items()}
+        self._step_options = {
+            role: StepOptions(
+                run=replace(given or DEFAULT_RUN_OPTIONS, serde=BYTES_RUN_OPTIONS.serde)
+            )
+            for role, given in options.items()
+        }
 
     @property
     def in_durable_context(self) -> bool:
         """Whether handler code is running: not inside a step, not outside a handler."""
         return current_invocation() is not None
+
+    # Identity: what would differ on replay comes from the invocation and the journal
 
     def get_default_run_id(self) -> str | None:
         """Return the invocation's id and the number of the run in it, the same on every replay."""
@@ -168,17 +195,113 @@ class RestateDurability(BaseDurabilityCapability[AgentDepsT]):
         if invocation is None:
             return None
 
-        async def now() -> str:
-            return datetime.now(UTC).isoformat()
+        async def nothing() -> None:
+            pass
 
-        started = invocation.context.run_typed(
-            f"{self.name}__run_start_time", now, RunOptions(type_hint=str)
+        await run_step(f"{self.name}__run_start_time", nothing, StepOptions(run=BYTES_RUN_OPTIONS))
+        return invocation.now
+
+    def get_run_clock(self) -> Callable[[], datetime] | None:
+        """Return the journaled clock, against which `run(timeout=)` is measured."""
+        invocation = current_invocation()
+        if invocation is None:
+            return None
+        return lambda: invocation.now or datetime.now(UTC)
+
+    async def wrap_run(
+        self, ctx: RunContext[AgentDepsT], *, handler: WrapRunHandler
+    ) -> AgentRunResult[Any]:
+        """Keep the time of the run, for messages that are the same on every replay."""
+        invocation = current_invocation()
+        if invocation is None:
+            return await handler()
+        self._check_name(invocation)
+        assert ctx.run_id is not None
+        clock = RunClock(ctx.run_id)
+        clock.leave_alone(ctx.messages)
+        current_run_clock.set(clock)
+        try:
+            result = await handler()
+        except Exception:
+            clock.stamp(ctx.messages, clock.now)
+            raise
+        clock.stamp(result.all_messages(), clock.now)
+        return result
+
+    def _check_name(self, invocation: Invocation) -> None:
+        if invocation.agents.setdefault(self.name, self._agent) is not self._agent:
+            raise UserError(
+                f"Two agents named {self.name!r} ran in one invocation. The name identifies an agent's "
+                "steps in the journal: give each agent a `name` of its own."
+            )
+
+    async def wrap_model_request(
+        self,
+        ctx: RunContext[AgentDepsT],
+        *,
+        request_context: ModelRequestContext,
+        handler: WrapModelRequestHandler,
+    ) -> ModelResponse:
+        """Journal the request, and stamp the messages it was made of with journaled times."""
+        clock = current_run_clock.get()
+        if not self.in_durable_context or clock is None:
+            return await super().wrap_model_request(
+                ctx, request_context=request_context, handler=handler
+            )
+        before = clock.now
+        response = await super().wrap_model_request(
+            ctx, request_context=request_context, handler=handler
         )
-        return datetime.fromisoformat(await started)
+        clock.stamp(ctx.messages, before or clock.started)
+        return response
+
+    # Models: any instance can be used, because steps run in this process
+
+    async def _build_durable_model(
+        self, ctx: RunContext[AgentDepsT], request_context: ModelRequestContext
+    ) -> DurableModel:
+        _live_model.set(request_context.model)
+        return await super()._build_durable_model(ctx, request_context)
+
+    def _find_model_id(self, model: Model) -> str | None:
+        try:
+            return super()._find_model_id(model)
+        except UserError:  # not registered, such as `override(model=TestModel())`
+            return model.model_id
+
+    async def _resolve_model_for_request(
+        self, model_id: str | None, run_context: RunContext[AgentDepsT]
+    ) -> Model:
+        live = _live_model.get()
+        if (
+            live is not None
+            and live.model_id == model_id
+            and model_id not in self._models_by_id
+            and self._resolved_request_model(live) is None
+        ):
+            return live
+        return await super()._resolve_model_for_request(model_id, run_context)
+
+    # Usage: what agents inside a tool's step used is journaled with the step
+
+    @contextmanager
+    def _tool_run_context_scope(
+        self, ctx: RunContext[AgentDepsT]
+    ) -> Generator[RunContext[AgentDepsT]]:
+        step = current_step.get()
+        if step is None:
+            with super()._tool_run_context_scope(ctx) as durable_ctx:
+                yield durable_ctx
+            return
+        before = copy(ctx.usage)
+        with super()._tool_run_context_scope(replace(ctx, usage=copy(before))) as durable_ctx:
+            yield durable_ctx
+        used = durable_ctx.usage - before
+        step.usage = used if used.has_values() else None
 
     def get_durable_operation_backend(self) -> RestateOperationBackend:
         """Return the backend that turns this agent's operations into steps."""
-        options = self._run_options
+        options = self._step_options
         return RestateOperationBackend(
             agent_name=self.name,
             default_model_id=self.default_model_id,
@@ -211,7 +334,7 @@ class RestateDurability(BaseDurabilityCapability[AgentDepsT]):
 
     def _tool_options(
         self, operation_id: DurableOperationId, tool: object | None, tool_name: str
-    ) -> RunOptions[Any] | Literal[False]:
+    ) -> StepOptions | Literal[False]:
         assert isinstance(
             operation_id,
             ToolsetCallToolId
@@ -220,13 +343,13 @@ class RestateDurability(BaseDurabilityCapability[AgentDepsT]):
             | ToolsetGetInstructionsId,
         )
         kind: ToolsetKind = getattr(operation_id, "toolset_kind", "mcp")
-        base = self._run_options["mcp_run_options" if kind == "mcp" else "tool_run_options"]
-        return tool_run_options(cast("ToolsetTool[Any] | None", tool), tool_name, base=base)
+        base = self._step_options["mcp_run_options" if kind == "mcp" else "tool_run_options"]
+        return tool_options(cast("ToolsetTool[Any] | None", tool), tool_name, base=base)
 
 
-def tool_run_options(
-    tool: ToolsetTool[Any] | None, tool_name: str, *, base: RunOptions[Any]
-) -> RunOptions[Any] | Literal[False]:
+def tool_options(
+    tool: ToolsetTool[Any] | None, tool_name: str, *, base: StepOptions
+) -> StepOptions | Literal[False]:
     """Merge a tool's `metadata={"restate": ...}` into the options of its role.
 
     Returns:
@@ -245,13 +368,15 @@ def tool_run_options(
             f'Tool {tool_name!r}: `metadata["restate"]` is a dict of options or `False`, '
             f"not {type(own).__name__}."
         )
-    overrides = cast("dict[str, Any]", own)
-    if unknown := sorted(overrides.keys() - _RETRY_FIELDS):
+    given = cast("dict[str, Any]", own)
+    if unknown := sorted(given.keys() - _RETRY_FIELDS - _TOOL_FIELDS):
         raise UserError(
             f'Tool {tool_name!r}: unknown options in `metadata["restate"]`: {", ".join(unknown)}. '
-            f"Known are {', '.join(sorted(_RETRY_FIELDS))}."
+            f"Known are {', '.join(sorted(_RETRY_FIELDS | _TOOL_FIELDS))}."
         )
-    return replace(base, **overrides)
+    retries = {key: value for key, value in given.items() if key in _RETRY_FIELDS}
+    own_options = {key: value for key, value in given.items() if key in _TOOL_FIELDS}
+    return replace(base, run=replace(base.run, **retries), **own_options)
 
 
 def _check_run_options(options: Mapping[str, RunOptions[Any] | None]) -> None:

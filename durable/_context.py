@@ -13,6 +13,7 @@ from collections.abc import Coroutine, Generator, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from itertools import count
 from typing import Any
 
@@ -35,6 +36,20 @@ class Invocation:
 
     run_numbers: Iterator[int] = field(default_factory=count)
     """Numbers the agent runs of this invocation in the order they start: the same on every replay."""
+
+    step_numbers: Iterator[int] = field(default_factory=count)
+    """Numbers the steps of agents in the order they are created: the same on every replay."""
+
+    now: datetime | None = None
+    """The journaled time of the invocation: when the body of its latest step ended."""
+
+    agents: dict[str, object] = field(default_factory=dict[str, object])
+    """The capability of each agent that ran, by the agent's name."""
+
+    def observe(self, began: float, ended: float) -> None:
+        """Take in the journaled times of a completed step, in seconds since the epoch."""
+        latest = datetime.fromtimestamp(ended, UTC)
+        self.now = latest if self.now is None else max(self.now, latest)
 
     def run_on_host(self, work: Coroutine[Any, Any, None]) -> None:
         """Start `work` on the host loop and do not wait for it: for closing what a step opened."""

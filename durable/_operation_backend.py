@@ -2,23 +2,85 @@
 
 Model requests, tool calls, MCP I/O, toolset discovery, event handlers and capability operations all
 arrive here as a name and a body. On replay the journal answers and the body does not run.
+
+A step stores, as JSON, `{"at": [began, ended], "result": ...}`, with times in seconds since the epoch,
+and `"usage"` where the body ran other agents on the run's account.
 """
 
+import asyncio
+import os
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
-from typing import Any
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, TypeVar
 
-from pydantic_ai.durable_exec import DurableOperationId, JournalCallableOperationBackend
+from pydantic import TypeAdapter
+from pydantic_ai.durable_exec import (
+    BoundDurableOperation,
+    DurableOperation,
+    DurableOperationId,
+    JournalCallableOperationBackend,
+)
+from pydantic_ai.exceptions import ToolFailed, UserError
+from pydantic_ai.tools import RunContext
+from pydantic_ai.usage import RunUsage
 from pydantic_core import from_json, to_json
 from restate import RunOptions, TerminalError
 from restate.serde import BytesSerde
 
-from durable._context import restate_context
-from durable._errors import original_error, step_failure
+from durable._context import current_invocation
+from durable._errors import describe, original_error, step_failure
+from durable._identity import current_run_clock
+
+ParamsT = TypeVar("ParamsT")
+WireT = TypeVar("WireT")
+ResultT = TypeVar("ResultT")
+
+BYTES_RUN_OPTIONS = RunOptions[Any](serde=BytesSerde())
+_USAGE = TypeAdapter(RunUsage)
 
 
-class RestateOperationBackend(JournalCallableOperationBackend[RunOptions[Any]]):
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """How a step is executed."""
+
+    run: RunOptions[Any]
+    """Retries, as `ctx.run` takes them, and the serde of bytes."""
+
+    timeout: float | None = None
+    """Seconds that one try may take; then it is cancelled and counts as failed."""
+
+    name: str | None = None
+    """Stands in for the tool's name in the step's name."""
+
+    at_most_once: bool = False
+    """Declare the step in the journal before it begins, and never begin it twice."""
+
+
+@dataclass
+class Step:
+    """What a step's body knows about itself."""
+
+    key: str
+    """Names this step among all steps of all invocations, the same on every try and replay."""
+
+    usage: RunUsage | None = None
+    """What agents that ran inside the body used, on the account of the run."""
+
+
+current_step: ContextVar[Step | None] = ContextVar("durable.step", default=None)
+_caller: ContextVar[RunContext[Any] | None] = ContextVar("durable.caller", default=None)
+
+
+class RestateOperationBackend(JournalCallableOperationBackend[StepOptions]):
     """Executes each operation as one journaled step of the current invocation."""
+
+    def bind(
+        self, operation: DurableOperation[ParamsT, WireT, ResultT]
+    ) -> BoundDurableOperation[ParamsT, WireT, ResultT]:
+        """Bind `operation`, and remember on each call for which run it is called."""
+        return _Bound(super().bind(operation))
 
     async def execute(
         self,
@@ -27,7 +89,7 @@ class RestateOperationBackend(JournalCallableOperationBackend[RunOptions[Any]]):
         name: str,
         body: Callable[[], Awaitable[object]],
         cache_key: tuple[object, ...],
-        config: RunOptions[Any],
+        config: StepOptions,
     ) -> object:
         """Run `body` as the step `name`, or return what the journal holds for it.
 
@@ -36,28 +98,124 @@ class RestateOperationBackend(JournalCallableOperationBackend[RunOptions[Any]]):
             name: Name of the step in the journal: stored data, see the README's table.
             body: The work, with its result already reduced to JSON.
             cache_key: Not used: Restate's journal is positional.
-            config: Retry options of the step.
+            config: Retries and limits of the step.
 
         Raises:
             Exception: The original exception of a step that failed for good, also on replay.
             TerminalError: When the step's retries are used up, or its exception is not PydanticAI's.
         """
         del operation_id, cache_key
+        return await run_step(name, body, config)
 
-        async def step() -> bytes:
-            try:
-                result = await body()
-            except Exception as error:
-                raise step_failure(error, name) from error
-            return to_json(result)
 
+async def run_step(
+    name: str, body: Callable[[], Awaitable[object]], options: StepOptions
+) -> object:
+    """Run `body`, whose result is JSON-compatible, as a step of the current invocation."""
+    invocation = current_invocation()
+    assert invocation is not None
+    step = Step(key=f"{invocation.context.request().id}:{next(invocation.step_numbers)}")
+    if options.at_most_once:
+        body = await _declare(name, step, body)
+    if options.name is not None:
+        name = f"{name.rpartition(':')[0]}:{options.name}"
+
+    async def journaled() -> bytes:
+        began = _now()
+        current_step.set(step)
         try:
-            journaled = await restate_context().run_typed(name, step, replace(config, serde=_BYTES))
-        except TerminalError as failure:
-            if (error := original_error(failure)) is not None:
-                raise error from failure
-            raise
-        return from_json(journaled)
+            async with asyncio.timeout(options.timeout):
+                result = await body()
+        except Exception as error:
+            raise step_failure(error, name) from error
+        entry: dict[str, object] = {"at": [began, _now()], "result": result}
+        if step.usage is not None:
+            entry["usage"] = _USAGE.dump_python(step.usage, mode="json", exclude_defaults=True)
+        return to_json(entry)
+
+    try:
+        stored = await invocation.context.run_typed(name, journaled, options.run)
+    except TerminalError as failure:
+        if (error := original_error(failure)) is not None:
+            raise error from failure
+        raise
+    entry = from_json(stored)
+    invocation.observe(*entry["at"])
+    if (clock := current_run_clock.get()) is not None:
+        clock.observe(*entry["at"])
+    if "usage" in entry and (caller := _caller.get()) is not None:
+        caller.usage.incr(_USAGE.validate_python(entry["usage"]))
+    return entry["result"]
 
 
-_BYTES = BytesSerde()
+_WORKER = os.urandom(16).hex()
+_begun: set[str] = set()
+
+
+async def _declare(
+    name: str, step: Step, body: Callable[[], Awaitable[object]]
+) -> Callable[[], Awaitable[object]]:
+    """Journal that `step` is about to begin, and return a body that begins at most once.
+
+    The declaration holds which process made it. A later try in that process knows from memory whether
+    the body has begun. In another process nobody can know, so it does not begin.
+    """
+
+    async def worker() -> object:
+        return _WORKER
+
+    declared = await run_step(f"{name}.declared", worker, StepOptions(run=BYTES_RUN_OPTIONS))
+
+    async def at_most_once() -> object:
+        if declared != _WORKER or step.key in _begun:
+            raise ToolFailed(
+                "The worker was lost during this call, so its outcome is unknown: it may or may not have "
+                "had its effect. It is not repeated. Check the outcome before you try again."
+            )
+        _begun.add(step.key)
+        try:
+            return await body()
+        except Exception as error:
+            raise ToolFailed(f"The call failed and is not repeated. {describe(error)}") from error
+
+    return at_most_once
+
+
+def _now() -> float:
+    return datetime.now(UTC).timestamp()
+
+
+def idempotency_key(ctx: RunContext[Any]) -> str:
+    """Return a key for the tool call that is running, to hand to an API that accepts one.
+
+    Every try of the call, after a failure or a crash, has the same key, and no other call has it, so a
+    payment that went through just before the worker died is not made again.
+
+    Args:
+        ctx: The tool's run context.
+
+    Raises:
+        UserError: Outside a tool call.
+    """
+    if ctx.tool_call_id is None:
+        raise UserError(
+            "`idempotency_key` names a tool call: use it in a tool, with the tool's `RunContext`."
+        )
+    step = current_step.get()
+    return f"{ctx.run_id if step is None else step.key}:{ctx.tool_call_id}"
+
+
+@dataclass
+class _Bound(BoundDurableOperation[ParamsT, WireT, ResultT]):
+    bound: BoundDurableOperation[ParamsT, WireT, ResultT]
+
+    @property
+    def operation(self) -> DurableOperation[ParamsT, WireT, ResultT]:
+        return self.bound.operation
+
+    async def __call__(self, params: ParamsT, *, config: object | None = None) -> ResultT:
+        token = _caller.set(getattr(params, "ctx", None) or getattr(params, "run_context", None))
+        try:
+            return await self.bound(params, config=config)
+        finally:
+            _caller.reset(token)

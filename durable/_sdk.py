@@ -21,6 +21,7 @@ from pydantic_ai.durable_exec._toolset import (
     DurableMCPToolset,
     DurableToolsetBase,
 )
+from pydantic_ai.durable_exec._utils import DurableModel
 from pydantic_ai.exceptions import UserError
 from restate.handler import Handler
 from restate.server_context import DisconnectedException, ServerInvocationContext
@@ -63,6 +64,7 @@ __all__ = [
     "DoProgressWaitExternalProgress",
     "DurableDynamicToolset",
     "DurableMCPToolset",
+    "DurableModel",
     "DurableToolsetBase",
     "FirstCompletedUnresolvedFuture",
     "Handler",

@@ -14,10 +14,11 @@ from pydantic_ai.usage import RunUsage
 from restate.serde import BytesSerde
 
 import durable
-from durable._capability import tool_run_options
+from durable._capability import tool_options
 from durable._context import current_invocation
+from durable._operation_backend import StepOptions
 
-BASE = durable.DEFAULT_RUN_OPTIONS
+BASE = StepOptions(run=durable.DEFAULT_RUN_OPTIONS)
 
 
 def agent_with(metadata: Any) -> Agent:
@@ -69,11 +70,11 @@ def test_twice_on_one_agent_is_refused() -> None:
 async def test_tool_metadata_overrides_single_options() -> None:
     """A tool's own options are merged into those of its role; unknown ones are named."""
     tool = await tool_of(agent_with({"max_attempts": 3}))
-    options = tool_run_options(tool, "tool", base=BASE)
+    options = tool_options(tool, "tool", base=BASE)
     assert options is not False
-    assert options.max_attempts == 3
-    assert options.max_duration == timedelta(minutes=10)
-    assert tool_run_options(None, "tool", base=BASE) is BASE
+    assert options.run.max_attempts == 3
+    assert options.run.max_duration == timedelta(minutes=10)
+    assert tool_options(None, "tool", base=BASE) is BASE
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ async def test_wrong_tool_metadata(metadata: Any, message: str) -> None:
     """The message names the tool and what is known."""
     tool = await tool_of(agent_with(metadata))
     with pytest.raises(UserError, match=message):
-        tool_run_options(tool, "tool", base=BASE)
+        tool_options(tool, "tool", base=BASE)
 
 
 def test_another_sdk_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

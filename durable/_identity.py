@@ -1,0 +1,68 @@
+"""Messages that are the same bytes on every replay.
+
+PydanticAI stamps the messages it makes in handler code with the wall clock, and some with a random
+id; both differ on replay, and with them whatever a handler stores. Every step journals when its body
+began and ended. From that, the messages a run has made are stamped again: those up to a model request
+when its response is there, the rest when the run ends.
+"""
+
+from collections.abc import Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID, uuid5
+
+from pydantic_ai.messages import ModelMessage, ModelRequest
+
+_TOOL_CALL_IDS = UUID("6d0ab5f4-6a55-4a0c-8a1c-9d7a3d6a2b51")
+
+
+@dataclass
+class RunClock:
+    """The journaled time of one agent run, which moves when a step of the run completes."""
+
+    run_id: str
+    started: datetime | None = None
+    """When the body of the run's first step began."""
+
+    now: datetime | None = None
+    """When the body of the run's latest step ended."""
+
+    _stamped: dict[int, Any] = field(default_factory=dict[int, Any])
+
+    def observe(self, began: float, ended: float) -> None:
+        """Take in the journaled times of a step, in seconds since the epoch."""
+        self.started = self.started or datetime.fromtimestamp(began, UTC)
+        latest = datetime.fromtimestamp(ended, UTC)
+        self.now = latest if self.now is None else max(self.now, latest)
+
+    def leave_alone(self, messages: Iterable[ModelMessage]) -> None:
+        """Keep the messages that the run was given as they are."""
+        for message in messages:
+            for part in message.parts:
+                self._stamped[id(part)] = part
+
+    def stamp(self, messages: Iterable[ModelMessage], at: datetime | None) -> None:
+        """Give what the run itself has put into `messages` the time `at` and stable ids."""
+        if at is None:
+            return  # no step has completed, so nothing was journaled that could be replayed
+        for message in messages:
+            if not isinstance(message, ModelRequest) or message.run_id != self.run_id:
+                continue
+            for part in message.parts:
+                if id(part) in self._stamped:
+                    continue
+                self._stamped[id(part)] = part  # kept, so that no other part gets its id
+                message.timestamp = at
+                if hasattr(part, "timestamp"):
+                    part.timestamp = at  # pyright: ignore[reportAttributeAccessIssue]
+                if (
+                    getattr(part, "tool_name", "") is None
+                ):  # a retry of an output, not of a tool call
+                    stable = uuid5(_TOOL_CALL_IDS, f"{self.run_id}:{len(self._stamped)}")
+                    part.tool_call_id = f"pyd_ai_{stable.hex}"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+current_run_clock: ContextVar[RunClock | None] = ContextVar("durable.run_clock", default=None)
+"""The clock of the agent run whose code is running."""
