@@ -1,7 +1,9 @@
 """Serve `services:app` for a restate-server: `python -m services --port 9080`."""
 
 import argparse
+import sys
 
+from pydantic_ai.exceptions import UserError
 from rich.console import Console
 
 from durable.worker import serve
@@ -18,7 +20,10 @@ def main() -> None:
         f"Serving services:app on http://127.0.0.1:{arguments.port} (Ctrl-C ends it)",
         highlight=False,
     )
-    serve("services:app", port=arguments.port)
+    try:
+        serve("services:app", port=arguments.port)
+    except UserError as error:  # no model is configured: no need for a traceback
+        sys.exit(f"Error: {error}")
 
 
 if __name__ == "__main__":
