@@ -1,9 +1,7 @@
 """Serve `services:app` for a restate-server: `python -m services --port 9080`."""
 
 import argparse
-import sys
 
-from pydantic_ai.exceptions import UserError
 from rich.console import Console
 
 from durable.worker import serve
@@ -20,10 +18,7 @@ def main() -> None:
         f"Serving services:app on http://127.0.0.1:{arguments.port} (Ctrl-C ends it)",
         highlight=False,
     )
-    try:
-        serve("services:app", port=arguments.port)
-    except UserError as error:  # no model is configured: no need for a traceback
-        sys.exit(f"Error: {error}")
+    serve("services:app", port=arguments.port)
 
 
 if __name__ == "__main__":
