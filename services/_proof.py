@@ -53,12 +53,18 @@ class Proof:
 
     def table(self) -> Table:
         """Show the accounts as a table that fits into 80 columns."""
-        table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        table.add_column("step", no_wrap=True)
-        table.add_column("results in\nthe journal", justify="right")
+        table = Table(
+            title="Results in the journal, and model requests before and after the restart",
+            title_justify="left",
+            title_style="",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+        )
+        table.add_column("step")
+        table.add_column("results", justify="right")
         table.add_column("at the kill")
-        table.add_column("requests\nbefore it", justify="right")
-        table.add_column("after it", justify="right")
+        table.add_column("before", justify="right")
+        table.add_column("after", justify="right")
         for number, account in enumerate(self.accounts, start=1):
             table.add_row(
                 f"{number} {account.step.name}",

@@ -11,6 +11,7 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -121,7 +122,13 @@ async def _stack(console: Console) -> AsyncGenerator[Stack]:
             proxy = await running.enter_async_context(counting_proxy(upstream))
         # Without a spinner: a first installation of the server shows its own.
         async with _stage(console, f"restate-server {VERSION}", spinner=False):
-            server = RestateServer(log_file=_new_log("restate-server"))
+            # In a directory of its own, with what the server puts beside its data and leaves there.
+            scratch = running.enter_context(tempfile.TemporaryDirectory(prefix="demo-"))
+            server = RestateServer(
+                data_dir=Path(scratch),
+                env={"TMPDIR": scratch},
+                log_file=_new_log("restate-server"),
+            )
             await running.enter_async_context(server)
         worker = Worker(
             "services:app",
