@@ -1,9 +1,10 @@
 """Run PydanticAI agents durably on Restate."""
 
 from durable._app import app
-from durable._capability import DEFAULT_RUN_OPTIONS, RestateDurability
+from durable._capability import RestateDurability
 from durable._context import restate_context
-from durable._operation_backend import idempotency_key
+from durable._journaled import step
+from durable._operation_backend import DEFAULT_RUN_OPTIONS, idempotency_key
 
 __all__ = [
     "DEFAULT_RUN_OPTIONS",
@@ -11,4 +12,5 @@ __all__ = [
     "app",
     "idempotency_key",
     "restate_context",
+    "step",
 ]

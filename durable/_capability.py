@@ -5,11 +5,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass, fields, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any, ClassVar, Literal, cast
 
-from pydantic_ai.agent import EventStreamHandler
-from pydantic_ai.capabilities import WrapModelRequestHandler, WrapRunHandler
+from pydantic_ai.agent import AbstractAgent, EventStreamHandler
+from pydantic_ai.capabilities import (
+    WrapModelRequestHandler,
+    WrapOutputProcessHandler,
+    WrapRunHandler,
+)
 from pydantic_ai.durable_exec import (
     JSON_CODEC,
     BaseDurabilityCapability,
@@ -26,6 +30,7 @@ from pydantic_ai.durable_exec import (
 from pydantic_ai.exceptions import UserError
 from pydantic_ai.messages import ModelResponse
 from pydantic_ai.models import Model, ModelRequestContext
+from pydantic_ai.output import OutputContext
 from pydantic_ai.run import AgentRunResult
 from pydantic_ai.tools import AgentDepsT, RunContext
 from pydantic_ai.toolsets import AbstractToolset, DynamicToolset, ToolsetTool
@@ -36,22 +41,15 @@ from durable._driver import InvocationCancelled
 from durable._errors import not_serializable
 from durable._identity import RunClock, current_run_clock
 from durable._operation_backend import (
-    BYTES_RUN_OPTIONS,
+    DEFAULT_RUN_OPTIONS,
     RestateOperationBackend,
     StepOptions,
     current_step,
     run_step,
 )
+from durable._outputs import OutputCodec, output_as_value, output_from_value
 from durable._sdk import DurableModel, check_sdk_version
 from durable._toolsets import RestateDynamicToolset, RestateMCPToolset
-
-DEFAULT_RUN_OPTIONS = RunOptions[Any](
-    max_duration=timedelta(minutes=10),
-    initial_retry_interval=timedelta(milliseconds=500),
-    max_retry_interval=timedelta(seconds=30),
-    retry_interval_factor=2.0,
-)
-"""Retries of a step unless options say otherwise: with growing pauses, for ten minutes at most."""
 
 _RETRY_FIELDS = frozenset(
     {
@@ -165,10 +163,7 @@ class RestateDurability(BaseDurabilityCapability[AgentDepsT]):
         }
         _check_run_options(options)
         self._step_options = {
-            role: StepOptions(
-                run=replace(given or DEFAULT_RUN_OPTIONS, serde=BYTES_RUN_OPTIONS.serde)
-            )
-            for role, given in options.items()
+            role: StepOptions(run=given or DEFAULT_RUN_OPTIONS) for role, given in options.items()
         }
 
     @property
@@ -198,7 +193,7 @@ class RestateDurability(BaseDurabilityCapability[AgentDepsT]):
         async def nothing() -> None:
             pass
 
-        await run_step(f"{self.name}__run_start_time", nothing, StepOptions(run=BYTES_RUN_OPTIONS))
+        await run_step(f"{self.name}__run_start_time", nothing, StepOptions())
         return invocation.now
 
     def get_run_clock(self) -> Callable[[], datetime] | None:
@@ -255,6 +250,30 @@ class RestateDurability(BaseDurabilityCapability[AgentDepsT]):
         clock.stamp(ctx.messages, before or clock.started)
         return response
 
+    # Outputs: a function that takes the output is called once
+
+    async def wrap_output_process(
+        self,
+        ctx: RunContext[AgentDepsT],
+        *,
+        output_context: OutputContext,
+        output: Any,
+        handler: WrapOutputProcessHandler,
+    ) -> Any:
+        """Call an output function, and the output validators after it, in one step."""
+        adapter = None
+        if output_context.has_function and self.in_durable_context and not ctx.partial_output:
+            adapter = self._output_codec.adapter(output_context.function_name)
+        if adapter is None:
+            return await handler(output)
+        name = f"{self.name}__output_function:{output_context.function_name or 'output'}"
+        value = await run_step(
+            name,
+            lambda: output_as_value(lambda: handler(output), adapter),
+            self._step_options["tool_run_options"],
+        )
+        return output_from_value(cast("dict[str, Any]", value), adapter)
+
     # Models: any instance can be used, because steps run in this process
 
     async def _build_durable_model(
@@ -298,6 +317,10 @@ class RestateDurability(BaseDurabilityCapability[AgentDepsT]):
             yield durable_ctx
         used = durable_ctx.usage - before
         step.usage = used if used.has_values() else None
+
+    def _bind_to_agent(self, agent: AbstractAgent[AgentDepsT, Any]) -> None:
+        super()._bind_to_agent(agent)
+        self._output_codec = OutputCodec(agent.output_type)
 
     def get_durable_operation_backend(self) -> RestateOperationBackend:
         """Return the backend that turns this agent's operations into steps."""

@@ -1,9 +1,9 @@
 """Messages that are the same bytes on every replay.
 
-PydanticAI stamps the messages it makes in handler code with the wall clock, and some with a random
-id; both differ on replay, and with them whatever a handler stores. Every step journals when its body
-began and ended. From that, the messages a run has made are stamped again: those up to a model request
-when its response is there, the rest when the run ends.
+PydanticAI stamps the messages it makes in handler code with the wall clock, which differs on replay,
+and with it whatever a handler stores. Every step journals when its body began and ended. From that,
+the messages a run has made are stamped again: those up to a model request when its response is there,
+the rest when the run ends.
 """
 
 from collections.abc import Iterable
@@ -11,11 +11,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
-from uuid import UUID, uuid5
 
 from pydantic_ai.messages import ModelMessage, ModelRequest
-
-_TOOL_CALL_IDS = UUID("6d0ab5f4-6a55-4a0c-8a1c-9d7a3d6a2b51")
 
 
 @dataclass
@@ -44,7 +41,7 @@ class RunClock:
                 self._stamped[id(part)] = part
 
     def stamp(self, messages: Iterable[ModelMessage], at: datetime | None) -> None:
-        """Give what the run itself has put into `messages` the time `at` and stable ids."""
+        """Give what the run itself has put into `messages` the time `at`."""
         if at is None:
             return  # no step has completed, so nothing was journaled that could be replayed
         for message in messages:
@@ -57,11 +54,6 @@ class RunClock:
                 message.timestamp = at
                 if hasattr(part, "timestamp"):
                     part.timestamp = at  # pyright: ignore[reportAttributeAccessIssue]
-                if (
-                    getattr(part, "tool_name", "") is None
-                ):  # a retry of an output, not of a tool call
-                    stable = uuid5(_TOOL_CALL_IDS, f"{self.run_id}:{len(self._stamped)}")
-                    part.tool_call_id = f"pyd_ai_{stable.hex}"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 current_run_clock: ContextVar[RunClock | None] = ContextVar("durable.run_clock", default=None)

@@ -11,8 +11,8 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
@@ -37,7 +37,15 @@ ParamsT = TypeVar("ParamsT")
 WireT = TypeVar("WireT")
 ResultT = TypeVar("ResultT")
 
-BYTES_RUN_OPTIONS = RunOptions[Any](serde=BytesSerde())
+DEFAULT_RUN_OPTIONS = RunOptions[Any](
+    max_duration=timedelta(minutes=10),
+    initial_retry_interval=timedelta(milliseconds=500),
+    max_retry_interval=timedelta(seconds=30),
+    retry_interval_factor=2.0,
+)
+"""Retries of a step unless options say otherwise: with growing pauses, for ten minutes at most."""
+
+_BYTES = BytesSerde()
 _USAGE = TypeAdapter(RunUsage)
 
 
@@ -45,8 +53,8 @@ _USAGE = TypeAdapter(RunUsage)
 class StepOptions:
     """How a step is executed."""
 
-    run: RunOptions[Any]
-    """Retries, as `ctx.run` takes them, and the serde of bytes."""
+    run: RunOptions[Any] = DEFAULT_RUN_OPTIONS
+    """Retries, as `ctx.run` takes them."""
 
     timeout: float | None = None
     """Seconds that one try may take; then it is cancelled and counts as failed."""
@@ -134,7 +142,9 @@ async def run_step(
         return to_json(entry)
 
     try:
-        stored = await invocation.context.run_typed(name, journaled, options.run)
+        stored = await invocation.context.run_typed(
+            name, journaled, replace(options.run, serde=_BYTES)
+        )
     except TerminalError as failure:
         if (error := original_error(failure)) is not None:
             raise error from failure
@@ -164,7 +174,7 @@ async def _declare(
     async def worker() -> object:
         return _WORKER
 
-    declared = await run_step(f"{name}.declared", worker, StepOptions(run=BYTES_RUN_OPTIONS))
+    declared = await run_step(f"{name}.declared", worker, StepOptions())
 
     async def at_most_once() -> object:
         if declared != _WORKER or step.key in _begun:
