@@ -214,8 +214,11 @@ class HandlerLoop(asyncio.AbstractEventLoop):
         return self._host.get_debug()
 
     def is_running(self) -> bool:
-        """Return whether the loop still runs tasks."""
-        return not self._closed
+        """Return whether the host loop runs: what was opened for this loop's code lives there.
+
+        PydanticAI asks, and makes a new HTTP client for a model whose last loop does not run any more.
+        """
+        return self._host.is_running()
 
     def is_closed(self) -> bool:
         """Return whether the attempt is over."""

@@ -11,7 +11,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
@@ -53,7 +53,7 @@ _USAGE = TypeAdapter(RunUsage)
 class StepOptions:
     """How a step is executed."""
 
-    run: RunOptions[Any] = DEFAULT_RUN_OPTIONS
+    run: RunOptions[Any] = field(default_factory=lambda: DEFAULT_RUN_OPTIONS)
     """Retries, as `ctx.run` takes them."""
 
     timeout: float | None = None

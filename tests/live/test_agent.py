@@ -3,11 +3,14 @@
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import restate
-from pydantic_ai import Agent, RunContext
+from pydantic import BaseModel
+from pydantic_ai import Agent, ModelRetry, RunContext
+from pydantic_ai.exceptions import RunCancelled
 from pydantic_ai.messages import (
     ModelMessage,
     ModelRequest,
@@ -17,11 +20,15 @@ from pydantic_ai.messages import (
     ToolReturnPart,
 )
 from pydantic_ai.models.function import AgentInfo, DeltaToolCall, FunctionModel
+from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.models.test import TestModel
+from pydantic_ai.providers.openai import OpenAIProvider
 from pydantic_ai.toolsets import FunctionToolset
 
 import durable
 from durable.server import RestateServer
 from tests.live.hosting import hosted
+from tests.live.providers import Answer, provider
 
 pytestmark = pytest.mark.live
 
@@ -318,3 +325,162 @@ async def test_toolsets_given_at_run_time_are_journaled(server: RestateServer) -
         assert refused.status_code == 500
         assert "unique `id`" in refused.json()["message"]
     assert done["look"] == 1
+
+
+async def test_a_models_connections_are_kept(server: RestateServer) -> None:
+    """Each attempt has its own loop, which must not cost the model its HTTP client each time."""
+    with provider([Answer("hello")]) as api:
+        own_client = OpenAIProvider(base_url=f"{api.url}/v1", api_key="key")
+        model = OpenAIChatModel("scripted", provider=own_client)
+        agent = Agent(model, name="kept", capabilities=[durable.RestateDurability()])
+        service = restate.Service("Kept")
+        clients: set[int] = set()
+        private: Any = own_client
+
+        @service.handler()
+        async def run(ctx: restate.Context) -> str:
+            output = (await agent.run("go")).output
+            clients.add(id(private._own_http_client))
+            return output
+
+        async with hosted(server, service) as ingress:
+            for _ in range(3):
+                assert await ingress.call("Kept/run") == "hello"
+        assert len(clients) == 1
+        await private._own_http_client.aclose()
+
+
+async def test_output_functions_are_called_once(server: RestateServer) -> None:
+    """The function and the validators after it are one step; its result keeps its type."""
+
+    class Sent(BaseModel):
+        to: str
+
+    def send(to: str) -> Sent:
+        done["sent"] += 1
+        if done["sent"] == 1:
+            raise ModelRetry("not this one")
+        return Sent(to=to)
+
+    agent = Agent(
+        TestModel(),
+        name="outputs",
+        output_type=send,
+        retries=2,
+        capabilities=[durable.RestateDurability()],
+    )
+    service = restate.Service("Outputs")
+
+    @agent.output_validator
+    async def validate(sent: Sent) -> Sent:
+        done["validated"] += 1
+        return sent
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> str:
+        output = (await agent.run("go")).output
+        assert isinstance(output, Sent)
+        await ctx.run_typed("after", lambda: None)
+        return output.to
+
+    async with hosted(server, service) as ingress:
+        assert await ingress.call("Outputs/run") == "a"
+        assert "outputs__output_function:send" in await ingress.steps("Outputs")
+    assert done == {"sent": 2, "validated": 1}
+
+
+async def test_a_function_of_yours_as_a_step(server: RestateServer) -> None:
+    """`durable.step` makes a validator, a processor or an instruction run once, sync or async."""
+    agent = Agent(TestModel(), name="own", capabilities=[durable.RestateDurability()])
+    service = restate.Service("Own")
+
+    @agent.output_validator
+    @durable.step
+    async def audit(ctx: RunContext, output: str) -> str:
+        done["audit"] += 1
+        if done["audit"] == 1:
+            raise ModelRetry("once more")
+        return f"audited {output}"
+
+    @agent.instructions
+    @durable.step
+    def look_up() -> str:
+        done["look_up"] += 1
+        return "Be brief."
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> str:
+        output = (await agent.run("go")).output
+        await ctx.run_typed("after", lambda: None)
+        return output
+
+    async with hosted(server, service) as ingress:
+        assert (await ingress.call("Own/run")).startswith("audited success")
+        assert (await ingress.steps("Own")).count("step:audit") == 2
+    assert done == {"audit": 2, "look_up": 2}
+
+
+async def test_cancelling_ends_the_run_and_keeps_its_messages(
+    server: RestateServer, request: pytest.FixtureRequest
+) -> None:
+    """A cancelled invocation stops the step in flight; the handler can save what there is."""
+    agent = Agent(calls("hang"), name="cancelled", capabilities=[durable.RestateDurability()])
+    service = restate.Service("Cancelled")
+    hanging = asyncio.Event()
+    saved: list[int] = []
+
+    @agent.tool_plain
+    async def hang() -> str:
+        hanging.set()
+        try:
+            await asyncio.sleep(3)
+        except asyncio.CancelledError:
+            done["stopped"] += 1
+            raise
+        return "never"
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> str:
+        try:
+            return (await agent.run("go")).output
+        except restate.TerminalError as error:
+            cancelled = RunCancelled.from_cancellation(error)
+            assert cancelled is not None
+            saved.append(len(cancelled.all_messages()))
+            raise
+
+    async with hosted(server, service) as ingress:
+        call = asyncio.create_task(ingress.post("Cancelled/run"))
+        await hanging.wait()
+        invocation = await ingress.invocation("Cancelled")
+        await ingress.http.patch(f"{server.admin_url}/invocations/{invocation['id']}/cancel")
+        response = await call
+        assert response.status_code == 409
+    assert saved[-1] == 3
+    # a server that always replays has closed its side: the step learns of the cancellation after its end
+    stopped = {} if "always-replay" in request.node.name else {"stopped": 1}
+    assert done == {"model": 1, **stopped}
+
+
+async def test_sleeps_and_timeouts_are_durable(server: RestateServer) -> None:
+    """asyncio's own timers in handler code are Restate's, in tasks of any number."""
+    service = restate.Service("Timers")
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> list[str]:
+        seen: list[str] = []
+
+        async def branch(tenths: int) -> None:
+            await asyncio.sleep(tenths / 10)
+            seen.append(await ctx.run_typed("step", lambda: f"{tenths}"))
+
+        async with asyncio.TaskGroup() as group:
+            for tenths in (3, 1, 2, 0):
+                group.create_task(branch(tenths))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await ctx.sleep(timedelta(seconds=30))
+        return seen
+
+    async with hosted(server, service) as ingress:
+        assert await ingress.call("Timers/run") == ["0", "1", "2", "3"]
