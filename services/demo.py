@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         *(DemoError, ClientError, LocalModelError, UserError),
         *(ServerError, WorkerError, httpx2.HTTPError),
     ) as error:
-        _print_failure(console, error)
+        console.print(f"\nFailed: {error}", style="bold red", markup=False, soft_wrap=True)
         return 1
     return 0
 
@@ -139,7 +139,11 @@ async def _stack(console: Console) -> AsyncGenerator[Stack]:
         async with _stage(console, "worker services:app"):
             await running.enter_async_context(worker)
             await server.register(worker.url)
-        yield Stack(console=console, proxy=proxy, server=server, worker=worker)
+        try:
+            yield Stack(console=console, proxy=proxy, server=server, worker=worker)
+        except Exception:
+            _print_logs(console)  # before the stop adds its own lines
+            raise
         with console.status("stopping"):
             await running.aclose()
 
@@ -321,12 +325,13 @@ def _new_log(name: str) -> Path:
     return log
 
 
-def _print_failure(console: Console, error: Exception) -> None:
-    console.print(f"\nFailed: {error}", style="bold red", markup=False, soft_wrap=True)
-    for log in sorted(LOGS.glob("*.log")):
-        lines = log.read_text(errors="replace").splitlines()[-15:]
-        console.print(f"\nThe last lines of {log.relative_to(CHECKOUT)}:", style="bold")
-        console.print("\n".join(lines), markup=False, soft_wrap=True)
+def _print_logs(console: Console) -> None:
+    worker = LOGS / "worker.log"
+    lines = worker.read_text(errors="replace").splitlines()[-20:] or ["(nothing)"]
+    console.print("\nThe worker's last log lines:", style="bold")
+    console.print("\n".join(lines), markup=False, soft_wrap=True)
+    for log in (worker, LOGS / "restate-server.log"):
+        console.print(f"log: {log.relative_to(CHECKOUT)}", style="dim", soft_wrap=True)
 
 
 if __name__ == "__main__":

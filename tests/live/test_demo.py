@@ -116,13 +116,14 @@ def test_ctrl_c_stops_everything(tmp_path: Path) -> None:
 
 
 def test_a_call_that_fails_ends_the_demo(tmp_path: Path) -> None:
-    """The provider's message is shown, on the way of a model that is not the local one."""
+    """What the server says is shown; the model is not the local one here."""
     with provider([Answer(status=401, text="no such key")]) as upstream:
         base_url = f"{upstream.url}/v1"
         with running(tmp_path, OPENAI_BASE_URL=base_url, OPENAI_API_KEY="canary-key") as run:
             assert run.process.wait(60) == 1
-    assert "CallChainingService/run answered 401" in run.output
-    assert "no such key" in run.output
+    assert "Failed: /CallChainingService/run answered" in run.output
+    assert "answered 401" in run.output
+    assert "log: .durable/demo/worker.log" in run.output
     assert "canary-key" not in run.output
     assert len(upstream.times) == 1
 
