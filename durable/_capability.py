@@ -40,6 +40,7 @@ from durable._context import Invocation, current_invocation
 from durable._driver import InvocationCancelled
 from durable._errors import not_serializable
 from durable._identity import RunClock, current_run_clock
+from durable._names import output_function, run_start_time
 from durable._operation_backend import (
     DEFAULT_RUN_OPTIONS,
     RestateOperationBackend,
@@ -193,7 +194,7 @@ class RestateDurability(BaseDurabilityCapability[AgentDepsT]):
         async def nothing() -> None:
             pass
 
-        await run_step(f"{self.name}__run_start_time", nothing, StepOptions())
+        await run_step(run_start_time(self.name), nothing, StepOptions())
         return invocation.now
 
     def get_run_clock(self) -> Callable[[], datetime] | None:
@@ -266,7 +267,7 @@ class RestateDurability(BaseDurabilityCapability[AgentDepsT]):
             adapter = self._output_codec.adapter(output_context.function_name)
         if adapter is None:
             return await handler(output)
-        name = f"{self.name}__output_function:{output_context.function_name or 'output'}"
+        name = output_function(self.name, output_context.function_name)
         value = await run_step(
             name,
             lambda: output_as_value(lambda: handler(output), adapter),

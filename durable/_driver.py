@@ -32,6 +32,7 @@ from restate import TerminalError
 from restate.exceptions import SdkInternalException, SuspendedException
 
 from durable._loop import AttemptOver, HandlerLoop
+from durable._names import TIMER
 from durable._sdk import (
     AllCompletedUnresolvedFuture,
     DisconnectedException,
@@ -116,7 +117,7 @@ class Driver:
 
     def start_timer(self, delay: float, handle: asyncio.TimerHandle) -> None:
         """Make the durable sleep behind a timer of the handler loop."""
-        self._timers[self._vm.sys_sleep(ceil(delay * 1000), "timer")] = handle
+        self._timers[self._vm.sys_sleep(ceil(delay * 1000), TIMER)] = handle
 
     async def _wait(self, unresolved: UnresolvedFuture) -> None:
         """Wait in handler code until `unresolved` completes: the SDK awaits this for every future."""

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 from pydantic_ai.exceptions import UserError
 
 from durable._context import current_invocation
+from durable._names import own_step
 from durable._operation_backend import StepOptions, run_step
 
 P = ParamSpec("P")
@@ -65,7 +66,7 @@ def step(function: Callable[P, Any], /) -> Callable[P, Awaitable[Any]]:
             return adapter.dump_python(await call(*args, **kwargs), mode="json")
 
         return adapter.validate_python(
-            await run_step(f"step:{function.__name__}", body, StepOptions())
+            await run_step(own_step(function.__name__), body, StepOptions())
         )
 
     return cast(Callable[P, Awaitable[Any]], journaled)

@@ -32,6 +32,7 @@ from restate.serde import BytesSerde
 from durable._context import current_invocation
 from durable._errors import describe, original_error, step_failure
 from durable._identity import current_run_clock
+from durable._names import declaration, renamed
 
 ParamsT = TypeVar("ParamsT")
 WireT = TypeVar("WireT")
@@ -123,10 +124,10 @@ async def run_step(
     invocation = current_invocation()
     assert invocation is not None
     step = Step(key=f"{invocation.context.request().id}:{next(invocation.step_numbers)}")
+    if options.name is not None:
+        name = renamed(name, options.name)
     if options.at_most_once:
         body = await _declare(name, step, body)
-    if options.name is not None:
-        name = f"{name.rpartition(':')[0]}:{options.name}"
 
     async def journaled() -> bytes:
         began = _now()
@@ -174,7 +175,7 @@ async def _declare(
     async def worker() -> object:
         return _WORKER
 
-    declared = await run_step(f"{name}.declared", worker, StepOptions())
+    declared = await run_step(declaration(name), worker, StepOptions())
 
     async def at_most_once() -> object:
         if declared != _WORKER or step.key in _begun:

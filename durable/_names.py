@@ -1,0 +1,34 @@
+"""The names of journal entries: stored data, made here or by PydanticAI's `JournalOperationNamer`.
+
+An invocation in flight replays against the names that its journal holds, so a changed name ends it with
+a mismatch. Change one only with an entry in CHANGELOG.md; `tests/unit/test_names.py` pins them and
+README.md lists them.
+"""
+
+TIMER = "timer"
+"""The sleep behind `asyncio.sleep`, `asyncio.timeout` and the like in handler code."""
+
+
+def run_start_time(agent: str) -> str:
+    """Name the step that journals when a run with `timeout=` started."""
+    return f"{agent}__run_start_time"
+
+
+def output_function(agent: str, function: str | None) -> str:
+    """Name the step of an output function; `None` where PydanticAI does not say which one it is."""
+    return f"{agent}__output_function:{function or 'output'}"
+
+
+def own_step(function: str) -> str:
+    """Name the step of a function decorated with `durable.step`."""
+    return f"step:{function}"
+
+
+def declaration(step: str) -> str:
+    """Name the step that declares an at-most-once `step`."""
+    return f"{step}.declared"
+
+
+def renamed(step: str, name: str) -> str:
+    """Put a tool's `metadata={"restate": {"name": ...}}` in the place of its name."""
+    return f"{step.rpartition(':')[0]}:{name}"

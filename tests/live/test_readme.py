@@ -1,0 +1,32 @@
+"""The README's first program works as it stands, but for the model."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from pydantic_ai.models.test import TestModel
+
+from durable.server import RestateServer
+from tests.live.hosting import Ingress, serving
+
+pytestmark = pytest.mark.live
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+async def test_the_first_program(server: RestateServer) -> None:
+    """Copied from the README into a file, hosted, and called with the README's curl."""
+    program = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
+    assert '"openai:gpt-5-mini"' in program
+    namespace: dict[str, Any] = {"TEST_MODEL": TestModel(custom_output_text="old pond")}
+    exec(program.replace('"openai:gpt-5-mini"', "TEST_MODEL"), namespace)
+    [(path, body)] = re.findall(r"curl localhost:8080/(Poet\S+) --json '(.*)'", README)
+    async with serving(namespace["app"]) as url, httpx2.AsyncClient(trust_env=False) as http:
+        await server.register(url)
+        ingress = Ingress(server, http)
+        json = {"content-type": "application/json"}
+        answer = await ingress.post(path, content=body.encode(), headers=json)
+        assert answer.json() == "old pond"
+        assert await ingress.steps("Poet") == ["poet__model.request"]
