@@ -44,12 +44,16 @@ from durable._sdk import (
     SingleUnresolvedFuture,
     Suspended,
     UnresolvedFuture,
+    VMException,
 )
 from durable._steps import Steps
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+_MISMATCH = "(570)"
+"""In the core's message when handler code makes another operation than the journal holds."""
 
 
 class InvocationCancelled(TerminalError):
@@ -107,6 +111,8 @@ class Driver:
                     else RuntimeError("The handler cancelled itself.")
                 )
             return root.result()
+        except VMException as error:
+            raise self._attempt_failed(error) from None
         finally:
             self._loop.close(list(self._waiters))
 
@@ -151,9 +157,24 @@ class Driver:
                 await self._flush()
                 if isinstance(progress, Suspended):
                     raise SuspendedException
-                logger.error("The attempt failed, Restate will retry it: %s", progress)
-                raise SdkInternalException from progress
+                raise self._attempt_failed(progress)
         raise self._failure
+
+    def _attempt_failed(self, error: Exception) -> SdkInternalException:
+        """Log why the SDK's core gave the attempt up; the server knows, and retries or pauses."""
+        if _MISMATCH in str(error):
+            logger.error(
+                "The code of `%s` does not fit the journal of %s, which an earlier version of it (or code "
+                "that is not deterministic) has written: %s\nRegister the earlier version as a deployment of "
+                "its own to let such invocations finish there, or cancel or restart them as new. To find code "
+                "that is not deterministic, run it with `RestateServer(always_replay=True)`.",
+                self._context.handler.name,
+                self._context.invocation.invocation_id,
+                error,
+            )
+        else:
+            logger.error("The attempt failed, Restate will retry it: %s", error)
+        return SdkInternalException()
 
     def _awaited(self) -> UnresolvedFuture:
         """Combine what all tasks wait for."""

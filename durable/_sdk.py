@@ -14,6 +14,7 @@ Verified with restate-sdk 1.3.0 and pydantic-ai 2.68.0 on 2026-11-23.
 """
 
 from importlib import metadata
+from typing import Any, cast
 
 from pydantic_ai import _utils as _pydantic_ai_utils
 from pydantic_ai.durable_exec._toolset import (
@@ -36,6 +37,9 @@ from restate.vm import (
     Suspended,
     UnresolvedFuture,
 )
+from restate.vm import (
+    VMException as _VMException,  # pyright: ignore[reportUnknownVariableType]
+)
 
 SDK_SERIES = "1.3."
 """The releases of restate-sdk whose private names are known."""
@@ -51,6 +55,9 @@ def check_sdk_version() -> None:
             "pydantic-ai-restate made for it."
         )
 
+
+VMException: type[Exception] = cast(Any, _VMException)
+"""What the SDK's core raises when an attempt cannot go on."""
 
 disable_threads = _pydantic_ai_utils._disable_threads  # pyright: ignore[reportPrivateUsage]
 """Whether PydanticAI runs sync functions inline instead of in a thread."""
@@ -72,6 +79,7 @@ __all__ = [
     "SingleUnresolvedFuture",
     "Suspended",
     "UnresolvedFuture",
+    "VMException",
     "check_sdk_version",
     "disable_threads",
 ]

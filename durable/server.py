@@ -210,7 +210,8 @@ class RestateServer:
         else:
             self.data_dir = self._given_data_dir.absolute()
         try:
-            self.data_dir.mkdir(parents=True, exist_ok=True)
+            self._scratch_dir = self.data_dir / "tmp"
+            self._scratch_dir.mkdir(parents=True, exist_ok=True)
             self.log_file = (
                 self._given_log_file or self.data_dir / "restate-server.log"
             ).absolute()
@@ -227,6 +228,7 @@ class RestateServer:
         try:
             yield from self._process.stopping(grace=5.0)
         finally:
+            shutil.rmtree(self._scratch_dir, ignore_errors=True)
             self._delete_throw_away_data()
 
     def _launching_on_free_ports(self) -> Pauses:
@@ -272,6 +274,7 @@ class RestateServer:
         no_proxy = [os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), HOST, "localhost"]
         settings = {
             "RESTATE_DISABLE_TELEMETRY": "true",
+            "TMPDIR": str(self._scratch_dir),  # the server leaves directories there
             # Data belongs to a node by name; the default is the host's, which changes.
             "RESTATE_NODE_NAME": "durable",
             "RESTATE_LISTEN_MODE": "tcp",

@@ -484,3 +484,29 @@ async def test_sleeps_and_timeouts_are_durable(server: RestateServer) -> None:
 
     async with hosted(server, service) as ingress:
         assert await ingress.call("Timers/run") == ["0", "1", "2", "3"]
+
+
+async def test_a_changed_agent_is_told_what_to_do(
+    server: RestateServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run in flight whose agent was renamed is not lost: it goes on when its code is back."""
+    agents = [
+        Agent(calls(), name=name, capabilities=[durable.RestateDurability()])
+        for name in ("before", "after", "before")
+    ]
+    service = restate.Service("Drift")
+    attempts: list[Agent] = []
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> str:
+        attempts.append(agents[min(len(attempts), 2)])
+        output = (await attempts[-1].run("go")).output
+        if len(attempts) == 1:
+            raise RuntimeError("the worker is updated now")
+        return output
+
+    async with hosted(server, service) as ingress:
+        assert await ingress.call("Drift/run") == "hello"
+    assert "`run` does not fit the journal of inv_" in caplog.text
+    assert "before__model.request != after__model.request" in caplog.text
+    assert "Register the earlier version as a deployment of its own" in caplog.text
