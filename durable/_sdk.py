@@ -13,6 +13,7 @@ without an import is listed here too, so that a new release is a matter of this 
 Verified with restate-sdk 1.3.0 and pydantic-ai 2.68.0 on 2026-11-23.
 """
 
+from collections.abc import Awaitable, Callable
 from importlib import metadata
 from typing import Any, cast
 
@@ -24,7 +25,10 @@ from pydantic_ai.durable_exec._toolset import (
 )
 from pydantic_ai.durable_exec._utils import DurableModel
 from pydantic_ai.exceptions import UserError
-from restate.handler import Handler
+from restate.handler import Handler, handler_from_callable
+from restate.server import (
+    process_invocation_to_completion as _process_invocation,  # pyright: ignore[reportUnknownVariableType]
+)
 from restate.server_context import DisconnectedException, ServerInvocationContext
 from restate.vm import (
     AllCompletedUnresolvedFuture,
@@ -36,6 +40,7 @@ from restate.vm import (
     SingleUnresolvedFuture,
     Suspended,
     UnresolvedFuture,
+    VMWrapper,
 )
 from restate.vm import (
     VMException as _VMException,  # pyright: ignore[reportUnknownVariableType]
@@ -59,6 +64,9 @@ def check_sdk_version() -> None:
 VMException: type[Exception] = cast(Any, _VMException)
 """What the SDK's core raises when an attempt cannot go on."""
 
+process_invocation_to_completion: Callable[..., Awaitable[None]] = cast(Any, _process_invocation)
+"""Runs one attempt over a connection; `durable.testing` gives it one in memory."""
+
 disable_threads = _pydantic_ai_utils._disable_threads  # pyright: ignore[reportPrivateUsage]
 """Whether PydanticAI runs sync functions inline instead of in a thread."""
 
@@ -80,6 +88,9 @@ __all__ = [
     "Suspended",
     "UnresolvedFuture",
     "VMException",
+    "VMWrapper",
     "check_sdk_version",
     "disable_threads",
+    "handler_from_callable",
+    "process_invocation_to_completion",
 ]

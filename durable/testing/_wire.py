@@ -107,6 +107,11 @@ class Message:
         """Return a field of text, empty if it is not set."""
         return (self.data(field_number) or b"").decode()
 
+    def nested(self, field_number: int) -> "list[Message]":
+        """Return the messages in a field."""
+        values = self.fields.get(field_number, [])
+        return [Message(0, value, decode(value)) for value in values if isinstance(value, bytes)]
+
     def to_bytes(self) -> bytes:
         """Return the frame."""
         return _HEADER.pack(self.type, 0, len(self.body)) + self.body
