@@ -1,6 +1,6 @@
 # Everything a fresh machine needs is set up here: Python >= 3.11, git and make are enough.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dev test check format lock clean
+.PHONY: help setup demo dev test check bench format lock clean
 
 PYTHON ?= python3
 SHELL  := /bin/sh
@@ -27,6 +27,9 @@ check: .venv/.ready ## lint, format and types only
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
+
+bench: .venv/.ready ## measure what durability costs, beside the plain agent and others
+	@$(BIN)/python -m tests.bench
 
 format: .venv/.ready ## format the code and apply safe fixes
 	@$(BIN)/ruff check --fix-only --quiet .

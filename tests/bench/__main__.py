@@ -1,0 +1,143 @@
+"""`make bench`: what durability costs, ours beside others, interleaved in one run, as medians.
+
+Each subject is served by a worker of its own behind one real restate-server. A round measures every
+subject once, so a slow moment of the machine hits all of them. CPU is the worker's process time.
+"""
+
+import argparse
+import asyncio
+import platform
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from importlib import metadata
+
+import httpx2
+from rich.console import Console
+
+from durable.server import RestateServer
+from durable.worker import Worker
+
+SUBJECTS = ("plain agent", "no-op base", "bare ctx.run", "ours", "peer", "peer (fixed)")
+Figures = dict[str, dict[str, list[float]]]
+
+SHORT, LONG = "1 1 0", "21 1 0"
+"""Prompts of runs with 3 and with 43 steps: the difference is 40 steps."""
+
+STEPS_BETWEEN = 40
+PARALLEL = "1 8 0.4"
+"""One round of 8 tools at once, 0.4 s each."""
+
+CONCURRENCY = 32
+
+
+class Subject:
+    """One way to host the agent, in a worker of its own."""
+
+    def __init__(self, http: httpx2.AsyncClient, server: RestateServer, worker: Worker) -> None:
+        self._http = http
+        self._server = server
+        self._worker = worker
+
+    async def register(self) -> None:
+        """Make the server send the next calls to this subject's worker."""
+        await self._server.register(self._worker.url)
+
+    async def run(self, prompt: str) -> None:
+        """Run the agent once."""
+        answer = await self._http.post("/Bench/run", json=prompt)
+        answer.raise_for_status()
+
+    async def cpu(self, work: Callable[[], Awaitable[object]]) -> float:
+        """Return the CPU seconds that the worker spends on `work`."""
+        before = (await self._http.post("/Bench/cpu")).raise_for_status().json()
+        await work()
+        return (await self._http.post("/Bench/cpu")).raise_for_status().json() - before
+
+
+async def measure(subject: Subject, figures: dict[str, list[float]]) -> None:
+    """Measure one subject once."""
+
+    async def sequence(prompt: str, runs: int) -> None:
+        for _ in range(runs):
+            await subject.run(prompt)
+
+    async def together(runs: int) -> None:
+        slots = asyncio.Semaphore(CONCURRENCY)
+
+        async def one() -> None:
+            async with slots:
+                await subject.run(SHORT)
+
+        await asyncio.gather(*[one() for _ in range(runs)])
+
+    short = await subject.cpu(lambda: sequence(SHORT, 8)) / 8
+    long = await subject.cpu(lambda: sequence(LONG, 8)) / 8
+    figures["CPU ms per step"].append((long - short) / STEPS_BETWEEN * 1000)
+    figures["CPU ms per 3-step run, 32 at once"].append(
+        await subject.cpu(lambda: together(128)) / 128 * 1000
+    )
+    began = time.perf_counter()
+    await subject.run(PARALLEL)
+    figures["wall s, 8 tools of 0.4 s"].append(time.perf_counter() - began)
+
+
+def table(figures: Figures) -> str:
+    """Write the medians as a markdown table, with ratios to what they should be near."""
+    names = list(next(iter(figures.values())))
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    median = {
+        subject: {name: statistics.median(values) for name, values in of.items()}
+        for subject, of in figures.items()
+    }
+    lines += [
+        f"| {subject} | " + " | ".join(f"{of[name]:.2f}" for name in names) + " |"
+        for subject, of in median.items()
+    ]
+    wall = names[-1]
+    for name in names[:-1]:
+        floor = median["no-op base"][name] + median["bare ctx.run"][name]
+        lines.append(
+            f"\n{name}: ours / (no-op base + bare ctx.run) = {median['ours'][name] / floor:.2f}"
+        )
+    lines.append(
+        f"\n{wall}: ours / plain agent = {median['ours'][wall] / median['plain agent'][wall]:.2f}"
+    )
+    return "\n".join(lines)
+
+
+async def bench(rounds: int, console: Console) -> None:
+    """Run the benchmark and print the table."""
+    figures: Figures = {name: defaultdict(list) for name in SUBJECTS}
+    async with AsyncExitStack() as stack:
+        server = await stack.enter_async_context(RestateServer())
+        http = await stack.enter_async_context(
+            httpx2.AsyncClient(base_url=server.ingress_url, timeout=120, trust_env=False)
+        )
+        subjects: dict[str, Subject] = {}
+        for name in SUBJECTS:
+            worker = Worker("tests.bench.app:app", env={"BENCH_SUBJECT": name})
+            subjects[name] = Subject(http, server, await stack.enter_async_context(worker))
+        for number in range(rounds + 1):
+            for name, subject in subjects.items():
+                await subject.register()
+                # the first round warms up
+                await measure(subject, figures[name] if number else defaultdict(list))
+            console.print(f"round {number} of {rounds}" if number else "warmed up", style="dim")
+    versions = ", ".join(
+        f"{p} {metadata.version(p)}" for p in ("restate-sdk", "pydantic-ai-slim", "hypercorn")
+    )
+    console.print(f"Python {platform.python_version()}, {versions}; medians of {rounds} rounds\n")
+    console.print(table(figures), highlight=False)
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=bench.__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    asyncio.run(bench(parser.parse_args().rounds, Console(soft_wrap=True)))
+
+
+main()
