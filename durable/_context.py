@@ -18,7 +18,7 @@ from itertools import count
 from typing import Any
 
 from pydantic_ai.exceptions import UserError
-from restate import Context
+from restate import Context, TerminalError
 from restate.extensions import current_context
 
 from durable._sdk import disable_threads
@@ -75,11 +75,13 @@ def current_invocation() -> Invocation | None:
         return None
     invocation = _invocation.get()
     if invocation is None and _sdk_context() is not None:
-        raise UserError(
+        message = (
             "An agent with `RestateDurability` runs in a Restate handler that `durable.app` does not "
             "host. Build the application with `app = durable.app([...services])` instead of "
             "`restate.app([...services])`; everything else stays as it is."
         )
+        # nothing of ours is around the handler to end it, so the SDK is told in its own way
+        raise UserError(message) from TerminalError(message)
     return invocation
 
 

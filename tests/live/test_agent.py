@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
 
+import httpx2
 import pytest
 import restate
 from pydantic import BaseModel
@@ -27,7 +28,7 @@ from pydantic_ai.toolsets import FunctionToolset
 
 import durable
 from durable.server import RestateServer
-from tests.live.hosting import hosted
+from tests.live.hosting import Ingress, hosted, serving
 from tests.live.providers import Answer, provider
 
 pytestmark = pytest.mark.live
@@ -510,3 +511,42 @@ async def test_a_changed_agent_is_told_what_to_do(
     assert "`run` does not fit the journal of inv_" in caplog.text
     assert "before__model.request != after__model.request" in caplog.text
     assert "Register the earlier version as a deployment of its own" in caplog.text
+
+
+async def test_a_handler_elsewhere_is_refused_at_once(server: RestateServer) -> None:
+    """With `restate.app` steps could not run in parallel: the error says which line to change."""
+    agent = Agent(calls(), name="elsewhere", capabilities=[durable.RestateDurability()])
+    service = restate.Service("Elsewhere")
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> str:
+        return (await agent.run("go")).output
+
+    async with serving(restate.app([service])) as url, httpx2.AsyncClient(trust_env=False) as http:
+        await server.register(url)
+        response = await Ingress(server, http).post("Elsewhere/run")
+        assert response.status_code == 500
+        assert "durable.app([...services])" in response.json()["message"]
+    assert done["model"] == 0
+
+
+async def test_a_long_step_is_visible_while_it_runs(server: RestateServer) -> None:
+    """The journal shows what a run is doing; only steps of a few milliseconds appear with their end."""
+    agent = Agent(calls("think"), name="visible", capabilities=[durable.RestateDurability()])
+    service = restate.Service("Visible")
+    seen: list[str] = []
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> str:
+        return (await agent.run("go")).output
+
+    async with hosted(server, service) as ingress:
+
+        @agent.tool_plain
+        async def think() -> str:
+            await asyncio.sleep(0.5)
+            seen.extend(await ingress.steps("Visible"))
+            return "thought"
+
+        assert await ingress.call("Visible/run") == "thought"
+    assert seen[-1] == "visible__function_toolset__<agent>.call_tool:think"
