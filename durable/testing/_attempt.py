@@ -65,12 +65,14 @@ class Attempt:
         self._server.attach(
             deliver=lambda message: self._push(message.to_bytes()), interrupt=self._disconnect
         )
+        worker = asyncio.create_task(self._process(handler))
         try:
-            await asyncio.create_task(self._process(handler))
-        finally:
+            await asyncio.wait([worker])
+        finally:  # also when the test gives up waiting
+            worker.cancel()
             self._server.attach()
-            if running := [step for step in self._steps if not step.done()]:
-                await asyncio.wait(running, timeout=_SECONDS_TO_END)
+            await asyncio.wait([worker, *self._steps], timeout=_SECONDS_TO_END)
+        worker.result()
 
     async def _process(self, handler: Handler[Any, Any]) -> None:
         headers = {"content-type": CONTENT_TYPE}
@@ -108,7 +110,7 @@ class Attempt:
         self._steps.add(task)
         if self._replaying:
             self._server.problem = JournalMismatch(
-                f"The replay executes the step {step!r}, whose result is in the journal."
+                f"The replay executes the step {step!r}, of which the journal has no result."
             )
             self._disconnect()
             raise asyncio.CancelledError
@@ -130,6 +132,7 @@ class Attempt:
                 self._accept(message)
             except Exception as error:  # noqa: BLE001 - raised where the test runs the invocation
                 self._server.problem = error
+        self._server.deliver_own_signals()
         if self.crashed or self._server.problem is not None:
             raise DisconnectedException
 
@@ -137,25 +140,14 @@ class Attempt:
         if message.type in _ENDINGS:
             self.ending = message
         elif self._replaying:
-            self._compare(message)
+            raise JournalMismatch(
+                f"The replay goes on with {message.kind.label} {message.text(12) or message.text(1)!r}, "
+                "where the first execution waited."
+            )
         else:
             self._server.accept(message)
             if message.type == Kind.PROPOSE_RUN_COMPLETION:
                 self.crashed = self._server.completed_steps == self._crash_after
-
-    def _compare(self, message: Message) -> None:
-        first = self._server.output
-        if message.type == Kind.OUTPUT and first is not None:
-            if message.body != first.body:
-                raise JournalMismatch(
-                    f"The replay ends with {_outcome(message)}, the first execution with {_outcome(first)}."
-                )
-            return
-        before = "ended" if first is not None else "waited"
-        raise JournalMismatch(
-            f"The replay goes on with {message.kind.label} {message.text(12) or message.text(1)!r}, where "
-            f"the first execution {before}."
-        )
 
     # What the worker receives: the interface of the SDK's `ReceiveChannel`
 
@@ -242,10 +234,3 @@ class _StateMachine(VMWrapper):
     ) -> None:
         self._executed.add(handle)
         super().propose_run_completion_transient_with_delay_override(handle, *args, **kwargs)
-
-
-def _outcome(output: Message) -> str:
-    for name, field in (("output", 14), ("failure", 15)):
-        for nested in output.nested(field):
-            return f"the {name} {(nested.data(1) if field == 14 else nested.text(2))!r}"
-    return "no output"

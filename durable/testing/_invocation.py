@@ -25,6 +25,7 @@ from durable.testing._wire import Kind, Message, packed
 OutputT = TypeVar("OutputT")
 
 _JOURNAL_MISMATCH = 570
+_MOST_PLANNED_RETRIES = 10_000  # those of a step's own options, which Restate does not limit
 _LAST_BUILT_IN_SIGNAL = 15
 
 _NAMED_BY_ENTRY = frozenset({Kind.RUN, Kind.SLEEP})
@@ -56,7 +57,7 @@ class Suspended(Exception):
 
 
 class StillFailing(Exception):
-    """The invocation failed again and again without getting further; Restate would pause it."""
+    """The invocation failed again and again without progress: Restate would pause it, or go on trying."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,7 @@ class InMemoryInvocation(Generic[OutputT]):
         key: str = "",
         state: Mapping[str, object] | None = None,
         headers: Mapping[str, str] | None = None,
-        calls: Mapping[Callable[..., Any] | str, object] | None = None,
+        calls: Mapping[Any, object] | None = None,
         crash_after: int | None = None,
         max_attempts: int = 70,
         seed: int = 0,
@@ -111,7 +112,8 @@ class InMemoryInvocation(Generic[OutputT]):
                 sync or async, that may raise `TerminalError`.
             crash_after: Kill the worker once, when so many steps are completed; `run` goes on from the
                 journal, as Restate does.
-            max_attempts: Give up after so many failed attempts without progress; Restate's default.
+            max_attempts: Give up after so many failed attempts without progress, those apart whose pace
+                and number a step's own options say; Restate's default.
             seed: Give invocations of one handler different ids and random numbers.
 
         Raises:
@@ -211,10 +213,10 @@ class InMemoryInvocation(Generic[OutputT]):
             raise JournalMismatch(ending.text(2)) from attempt.error
         delay = ending.number(8) / 1000 if 8 in ending.fields else None
         self._server.retry(delay)
-        if self._server.retries >= self._max_attempts:
+        limit = self._max_attempts if delay is None else _MOST_PLANNED_RETRIES
+        if self._server.retries >= limit:
             raise StillFailing(
-                f"The handler failed {self._max_attempts} times without progress; Restate would pause the "
-                f"invocation. The last failure: {ending.text(2)}"
+                f"The handler failed {limit} times without progress. The last failure: {ending.text(2)}"
             ) from attempt.error
 
     def _suspended(self, ending: Message) -> Suspended:

@@ -120,9 +120,10 @@ class InMemoryServer:
         self._eager_state = eager_state
         self._stubs = stubs
         self._context = copy_context()
-        self._calls: dict[str, asyncio.Task[None]] = {}
+        self._calls: dict[str, asyncio.Task[bytes]] = {}
         self._timers: list[tuple[int, int, Kind]] = []
         self._promises: dict[str, Result] = {}
+        self._own_signals: list[tuple[int | str, Result]] = []
         self._skipped = 0
         self._retries = 0
         self._last_stored = self._now()
@@ -190,6 +191,12 @@ class InMemoryServer:
             raise NotImplementedError(f"`{message.kind.label}` is not supported in memory.")
         self._store(message)
         effect(message)
+
+    def deliver_own_signals(self) -> None:
+        """Store the signals that the invocation sent itself: they arrive after what it sent with them."""
+        signals, self._own_signals = self._own_signals, []
+        for which, result in signals:
+            self.signal(which, result)
 
     def retry(self, delay: float | None) -> None:
         """Begin another attempt after `delay` seconds of virtual time, or after a growing pause."""
@@ -333,41 +340,41 @@ class InMemoryServer:
                 "itself may be the key."
             )
         callee_id = str(callee[16])
-        self._calls[callee_id] = asyncio.get_running_loop().create_task(
-            self._answer(stub, message, callee_id), context=self._context.copy()
+        call = asyncio.get_running_loop().create_task(
+            stub.call(message.text(5), message.data(3) or b""), context=self._context.copy()
         )
+        self._calls[callee_id] = call
+        call.add_done_callback(lambda done: self._answer(message, callee_id, done))
 
     def _callee(self) -> Result:
         digest = sha256(self.id + len(self.entries).to_bytes(4)).hexdigest()
         return {16: f"inv_1{digest[:32]}"}
 
-    async def _answer(self, stub: Stub, message: Message, callee_id: str) -> None:
-        try:
-            result = success(await stub.call(message.text(5), message.data(3) or b""))
-        except TerminalError as error:
+    def _answer(self, message: Message, callee_id: str, call: asyncio.Task[bytes]) -> None:
+        del self._calls[callee_id]
+        error = TerminalError("cancelled", 409) if call.cancelled() else call.exception()
+        if isinstance(error, TerminalError):
             result = failure(error.message, error.status_code, error.metadata)
-        except asyncio.CancelledError:
-            result = failure("cancelled", 409)
-        except Exception as error:  # noqa: BLE001 - it is the test's, and is raised there
-            self.problem = error
+        elif isinstance(error, Exception):
+            self.problem = error  # the test's: raised there
             self._interrupt()
             return
-        finally:
-            del self._calls[callee_id]
+        else:
+            result = success(call.result())
         if self.output is None:
             self._complete(Kind.CALL, message.number(11), result)
 
     def _send_signal(self, message: Message) -> None:
         target, number, name = message.text(1), message.number(2), message.text(3)
         if target == self.debug_id:
-            self.signal(number or name, _result(message, value=5, error=6))
+            self._own_signals.append((number or name, _result(message, value=5, error=6)))
         elif number == _CANCEL and (call := self._calls.get(target)) is not None:
             call.cancel()
 
     def _complete_awakeable(self, message: Message) -> None:
         number = self.awakeable_signal(message.text(1))
         if number is not None:
-            self.signal(number, _result(message, value=2, error=3))
+            self._own_signals.append((number, _result(message, value=2, error=3)))
 
     def _now(self) -> int:
         return int(datetime.now(UTC).timestamp() * 1000) + self._skipped
