@@ -41,13 +41,9 @@ Where it cannot be the same:
 """
 
 from durable.testing._attempt import JournalMismatch
-from durable.testing._invocation import (
-    Entry,
-    InMemoryInvocation,
-    StillFailing,
-    Suspended,
-    check_every_crash,
-)
+from durable.testing._crashes import check_every_crash
+from durable.testing._entries import Entry
+from durable.testing._invocation import InMemoryInvocation, StillFailing, Suspended
 
 __all__ = [
     "Entry",

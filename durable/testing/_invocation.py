@@ -2,15 +2,13 @@
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
 from pydantic_ai.exceptions import UserError
-from pydantic_core import from_json
-from restate import TerminalError
 
 from durable._sdk import Handler, handler_from_callable
 from durable.testing._attempt import Attempt, JournalMismatch
+from durable.testing._entries import Entry, line, name, read, stored
 from durable.testing._server import (
     InMemoryServer,
     Result,
@@ -27,9 +25,6 @@ OutputT = TypeVar("OutputT")
 _JOURNAL_MISMATCH = 570
 _MOST_PLANNED_RETRIES = 10_000  # those of a step's own options, which Restate does not limit
 _LAST_BUILT_IN_SIGNAL = 15
-
-_NAMED_BY_ENTRY = frozenset({Kind.RUN, Kind.SLEEP})
-_CALLS = frozenset({Kind.CALL, Kind.ONE_WAY_CALL})
 
 
 class Suspended(Exception):
@@ -58,29 +53,6 @@ class Suspended(Exception):
 
 class StillFailing(Exception):
     """The invocation failed again and again without progress: Restate would pause it, or go on trying."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One operation of the handler, as the journal has it."""
-
-    kind: str
-    """As in Restate's `sys_journal`: `Run`, `Sleep`, `Call`, `OneWayCall`, `SetState`, `Signal`..."""
-
-    name: str
-    """Of a step or sleep, `{service}/{handler}` of a call, the key of state, a promise's name."""
-
-    request: Any = None
-    """What the handler passed: a call's request, the new value of state or of a promise."""
-
-    value: Any = None
-    """What the handler gets: JSON as Python values, or bytes."""
-
-    failure: TerminalError | None = None
-    """What the handler gets instead, if the operation failed for good."""
-
-    done: bool = True
-    """Whether the operation is completed."""
 
 
 class InMemoryInvocation(Generic[OutputT]):
@@ -232,7 +204,7 @@ class InMemoryInvocation(Generic[OutputT]):
             promises=[entry.text(1) for entry in promises],
             signals=[name.decode() for name in ending.fields.get(3, []) if isinstance(name, bytes)],
             other=[
-                f"{entry.kind.label} {_name(entry)!r}" for entry in waiting if entry not in promises
+                f"{entry.kind.label} {name(entry)!r}" for entry in waiting if entry not in promises
             ],
         )
 
@@ -303,41 +275,17 @@ class InMemoryInvocation(Generic[OutputT]):
     @property
     def state(self) -> dict[str, Any]:
         """The state of the virtual object or workflow."""
-        return {name: _value(value) for name, value in self._server.state.items()}
+        return {name: read(value) for name, value in self._server.state.items()}
 
     @property
     def stored(self) -> list[Entry]:
         """The handler's operations with their results, in the order they were made."""
-        results = self._server.results()
-        return [
-            self._entry(entry, results)
-            for entry in self._server.entries
-            if (entry.is_command or entry.type == Kind.SIGNAL)
-            and entry.type not in {Kind.INPUT, Kind.OUTPUT}
-        ]
+        return stored(self._server)
 
     @property
     def journal(self) -> list[str]:
         """All entries in order, completions too, as `sys_journal` shows them: `Command: Run step`."""
-        return [
-            f"{'Command' if entry.is_command else 'Notification'}: {entry.kind.label} "
-            f"{entry.text(12) if entry.is_command else ''}".rstrip()
-            for entry in self._server.entries
-        ]
-
-    def _entry(self, entry: Message, results: Mapping[int, Message]) -> Entry:
-        if entry.type == Kind.SIGNAL:
-            name = entry.text(3) or self._server.awakeable_id(entry.number(2))
-            return Entry(kind=entry.kind.label, name=name, **_outcome(entry))
-        completion = entry.number(11) or (entry.number(10) if entry.kind in _CALLS else 0)
-        result = results.get(completion) if completion else entry
-        return Entry(
-            kind=entry.kind.label,
-            name=_name(entry),
-            request=_request(entry),
-            done=result is not None,
-            **({} if result is None or result is entry else _outcome(result)),
-        )
+        return [line(entry) for entry in self._server.entries]
 
     def _is_eager(self, name: str) -> bool:
         """Whether the worker gets the state `name` in advance; empty stands for any other name."""
@@ -345,71 +293,6 @@ class InMemoryInvocation(Generic[OutputT]):
         if self._handler.enable_lazy_state or preload is False:
             return False
         return not isinstance(preload, list) or name in preload
-
-
-async def check_every_crash(
-    handler: Callable[..., Awaitable[OutputT]],
-    request: object = None,
-    *,
-    drive: Callable[[InMemoryInvocation[OutputT]], Awaitable[OutputT]] | None = None,
-    **options: Any,
-) -> OutputT:
-    """Run `handler` undisturbed, then once per step with the worker killed after that step.
-
-    Each time the output and the steps must be the same, no completed step may be executed again, and a
-    replay of the whole journal must change nothing. Steps that a kill cuts off are executed again, as
-    on the server, so count side effects only where steps do not run beside each other.
-
-    Args:
-        handler: See `InMemoryInvocation`.
-        request: See `InMemoryInvocation`.
-        drive: Runs one invocation to its end instead of `run`, for handlers that wait for something:
-            resolves what `run` raises `Suspended` for and runs on.
-        options: The other options of `InMemoryInvocation`, apart from `crash_after`.
-
-    Returns:
-        What the caller gets.
-
-    Raises:
-        AssertionError: At the first difference, `JournalMismatch` if it is one of operations.
-        TerminalError: When the handler ends with it, without a crash and after each.
-    """
-    undisturbed = InMemoryInvocation(handler, request, **options)
-    expected = await _outcome_of(drive, undisturbed)
-    await undisturbed.replay()
-    steps = _steps(undisturbed)
-    for number in range(
-        1, sum(entry.done for entry in undisturbed.stored if entry.kind == "Run") + 1
-    ):
-        crashed = InMemoryInvocation(handler, request, crash_after=number, **options)
-        outcome = await _outcome_of(drive, crashed)
-        if outcome != expected:
-            raise AssertionError(
-                f"With a crash after step {number} the handler ends with {outcome[1]!r}, without with "
-                f"{expected[1]!r}."
-            )
-        if _steps(crashed) != steps:
-            raise AssertionError(
-                f"With a crash after step {number} the steps are {dict(_steps(crashed))}, without "
-                f"{dict(steps)}."
-            )
-        await crashed.replay()
-    return await undisturbed.run()
-
-
-async def _outcome_of(
-    drive: Callable[[InMemoryInvocation[OutputT]], Awaitable[OutputT]] | None,
-    invocation: InMemoryInvocation[OutputT],
-) -> tuple[type, object]:
-    try:
-        output = await (invocation.run() if drive is None else drive(invocation))
-    except TerminalError as error:
-        return TerminalError, (error.status_code, error.message)
-    return type(output), output
-
-
-def _steps(invocation: InMemoryInvocation[Any]) -> Counter[str]:
-    return Counter(entry.name for entry in invocation.stored if entry.kind == "Run")
 
 
 def _handler(handler: Callable[..., Any]) -> Handler[Any, Any]:
@@ -430,38 +313,3 @@ def _stub(call: tuple[Callable[..., Any] | str, object]) -> tuple[str, Stub]:
     handler = None if isinstance(callee, str) else _handler(callee)
     name = callee if isinstance(callee, str) else _target(_handler(callee))
     return name, Stub(name, answer, handler)
-
-
-def _name(entry: Message) -> str:
-    if entry.kind in _CALLS:
-        return f"{entry.text(1)}/{entry.text(2)}"
-    return entry.text(12) if entry.kind in _NAMED_BY_ENTRY else entry.text(1)
-
-
-def _request(entry: Message) -> Any:
-    if entry.kind in _CALLS:
-        return _value(entry.data(3) or b"")
-    field = {Kind.SET_STATE: 3, Kind.COMPLETE_PROMISE: 2, Kind.COMPLETE_AWAKEABLE: 2}.get(
-        entry.kind
-    )
-    nested = entry.nested(field) if field else []
-    return _value(nested[-1].data(1) or b"") if nested else None
-
-
-def _outcome(result: Message) -> dict[str, Any]:
-    for error in result.nested(6):
-        return {"failure": terminal_error(error)}
-    for value in result.nested(5):
-        return {"value": _value(value.data(1) or b"")}
-    for keys in result.nested(17):
-        return {"value": [key.decode() for key in keys.fields.get(1, []) if isinstance(key, bytes)]}
-    return {"value": result.text(16) or None}
-
-
-def _value(data: bytes) -> Any:
-    if not data:
-        return None
-    try:
-        return from_json(data)
-    except ValueError:  # another serde than JSON
-        return data

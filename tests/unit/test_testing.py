@@ -460,6 +460,10 @@ async def test_state_is_given_and_read() -> None:
     invocation = InMemoryInvocation(deposit, 5, key="me", state={"balance": 10})
     assert await invocation.run() == 15
     assert invocation.state == {"balance": 15}
+    assert [(entry.kind, entry.request, entry.value) for entry in invocation.stored] == [
+        ("GetEagerState", None, 10),
+        ("SetState", 15, None),
+    ]
     await invocation.replay()
     lazy = InMemoryInvocation(balance, key="me", state={"balance": 10})
     assert await lazy.run() == [["balance"], 10, None]
