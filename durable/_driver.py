@@ -114,7 +114,7 @@ class Driver:
         except VMException as error:
             raise self._attempt_failed(error) from None
         finally:
-            self._loop.close(list(self._waiters))
+            self._loop.close()
 
     def fail(self, error: Exception) -> None:
         """End the attempt with `error`."""
@@ -148,6 +148,7 @@ class Driver:
             if isinstance(progress, DoProgressExecuteRun):
                 self._steps.begin(progress.handle)
             elif isinstance(progress, DoProgressWaitExternalProgress):
+                self._steps.begin_held()
                 await self._receive()
             elif isinstance(progress, DoProgressAnyCompleted):
                 return self._complete()

@@ -20,18 +20,18 @@ import logging
 import sys
 from asyncio import events
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import contextmanager
 from contextvars import Context
 from typing import Any, NoReturn, Protocol, TypeVar
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 from pydantic_ai.exceptions import UserError
 
 T = TypeVar("T")
 
 _CLOSE_ROUNDS = 10
-"""How often a task that awaits while it ends is cancelled before it is given up."""
+"""How often a task that waits again while it ends is told so before it is given up."""
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class HandlerLoop(asyncio.AbstractEventLoop):
         self._ready: deque[asyncio.Handle] = deque()
         self._now = 0.0
         self._closed = False
-        self._tasks: WeakSet[asyncio.Task[Any]] = WeakSet()
+        self._tasks: WeakKeyDictionary[asyncio.Task[Any], None] = WeakKeyDictionary()  # in order
         self._asyncgens: WeakSet[AsyncGenerator[Any, Any]] = WeakSet()
 
     # Running
@@ -87,30 +87,26 @@ class HandlerLoop(asyncio.AbstractEventLoop):
         self._now = max(self._now, timer.when())
         self._ready.append(timer)
 
-    def close(self, waiters: Iterable[asyncio.Future[Any]] = ()) -> None:
+    def close(self) -> None:
         """End all tasks that have not ended: the attempt is over.
 
         It suspended, was cut off, or its handler returned. Code that goes on now would act on a state
         that a later attempt has yet to reach, so what it waits for raises `AttemptOver`: `finally`
         blocks run, `except Exception` and PydanticAI's hooks for errors and cancellations do not.
-
-        Args:
-            waiters: What the tasks wait for.
         """
         if self._closed:
             return
         self._closed = True
         with self._entered():
-            for waiter in waiters:
-                if not waiter.done():
-                    waiter.set_exception(AttemptOver())
-            self._run_all()
             for _ in range(_CLOSE_ROUNDS):
                 if not (tasks := [task for task in self._tasks if not task.done()]):
                     break
-                for task in tasks:
-                    task.cancel()
-                self._run_all()
+                for task in reversed(tasks):  # the youngest first: the older mostly wait for them
+                    waiter: asyncio.Future[Any] | None = getattr(task, "_fut_waiter", None)
+                    if waiter is not None and not isinstance(waiter, asyncio.Task):
+                        if not waiter.done():
+                            waiter.set_exception(AttemptOver())
+                        self._run_all()
         for task in self._tasks:
             if task.done():
                 if not task.cancelled():
@@ -202,7 +198,7 @@ class HandlerLoop(asyncio.AbstractEventLoop):
     ) -> asyncio.Task[T]:
         """Create a task of this loop."""
         task = asyncio.Task(coro, loop=self, name=name, context=context)
-        self._tasks.add(task)
+        self._tasks[task] = None
         return task
 
     def get_task_factory(self) -> None:
@@ -226,7 +222,8 @@ class HandlerLoop(asyncio.AbstractEventLoop):
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         """Report an exception that no task awaits, as the host loop does."""
-        self._host.call_exception_handler(context)
+        if not self._closed:  # what ends because the attempt is over is no news
+            self._host.call_exception_handler(context)
 
     async def shutdown_asyncgens(self) -> None:
         """Do nothing: `close` ends what is left."""

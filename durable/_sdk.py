@@ -7,7 +7,7 @@ without an import is listed here too, so that a new release is a matter of this 
 - `ServerInvocationContext`: `vm`, `receive`, `tasks`, `run_coros_to_execute`,
   `create_poll_or_cancel_coroutine`, `create_run_coroutine`, `take_and_send_output`, replaced per
   invocation by `durable._driver`
-- `asyncio.Handle._run`, `asyncio.events._set_running_loop`, `asyncio._enter_task` and `_leave_task`,
+- `asyncio.Handle._run`, `asyncio.Task._fut_waiter`, `asyncio.events._set_running_loop`, `asyncio._enter_task` and `_leave_task`,
   used by `durable._loop` as event loops outside the standard library do
 
 Verified with restate-sdk 1.3.0 and pydantic-ai 2.68.0 on 2026-11-23.

@@ -5,13 +5,15 @@ they must:
 
 - A step whose failure Restate will retry ends the attempt, and with it the steps that still run: they
   would run again, side effects included. So it waits until they have ended and their results are on
-  the way, and no new step begins meanwhile.
+  the way, and no new step begins meanwhile. (The core of the SDK may also decide that its retries are
+  used up; then the attempt goes on, and so do the steps that were held back.)
 - The start of a step is not sent at once but waits a few milliseconds for the step's end, so that both
   travel in one message. A longer step is visible in the journal while it runs.
 """
 
 import asyncio
 import inspect
+from collections import deque
 from collections.abc import Callable, Coroutine
 from contextvars import Context, copy_context
 from typing import Any
@@ -38,7 +40,8 @@ class Steps(dict[int, Step]):
         self._tasks = context.tasks
         self._contexts: dict[int, Context] = {}
         self._executing = 0
-        self._failing: list[asyncio.Future[None]] = []
+        self._held: deque[tuple[Step, Context]] = deque()
+        self._failing: dict[int, asyncio.Future[None]] = {}
         self._flush_timer: asyncio.TimerHandle | None = None
         self._execute = context.create_run_coroutine
         context.create_run_coroutine = self._execute_beside_others
@@ -51,9 +54,15 @@ class Steps(dict[int, Step]):
 
     def begin(self, handle: int) -> None:
         """Start executing a step."""
-        step, context = self.pop(handle), self._contexts.pop(handle)
-        if self._failing:
-            return  # the attempt is about to end; the next one begins this step
+        self._held.append((self.pop(handle), self._contexts.pop(handle)))
+        self.begin_held()
+
+    def begin_held(self) -> None:
+        """Start executing the steps that were held back, unless a failure may still end the attempt."""
+        while self._held and not self._failing:
+            self._begin(*self._held.popleft())
+
+    def _begin(self, step: Step, context: Context) -> None:
         if self._flush_timer is None:
             self._flush_timer = self._host.call_later(FLUSH_DELAY, self.wake_driver)
         self._executing += 1
@@ -87,7 +96,7 @@ class Steps(dict[int, Step]):
     async def _execute_beside_others(
         self, handle: int, action: Callable[[], Any], *options: Any
     ) -> None:
-        async def hold_failure() -> Any:
+        async def body() -> Any:
             try:
                 if inspect.iscoroutinefunction(action):
                     return await action()
@@ -95,19 +104,18 @@ class Steps(dict[int, Step]):
             except Exception as error:  # noqa: BLE001 - raised again
                 failure = step_failure(error)
                 if not isinstance(failure, TerminalError):
-                    await self._siblings_ended()
+                    self._failing[handle] = siblings_ended = self._host.create_future()
+                    self._release_failures()
+                    await siblings_ended
                 raise failure from failure.__cause__ or error
 
-        await self._execute(handle, hold_failure, *options)
-
-    async def _siblings_ended(self) -> None:
-        released = self._host.create_future()
-        self._failing.append(released)
-        self._release_failures()
-        await released
+        try:
+            await self._execute(handle, body, *options)
+        finally:
+            self._failing.pop(handle, None)  # the core has decided whether the attempt ends
 
     def _release_failures(self) -> None:
         if self._executing <= len(self._failing):
-            for released in self._failing:
-                if not released.done():
-                    released.set_result(None)
+            for siblings_ended in self._failing.values():
+                if not siblings_ended.done():
+                    siblings_ended.set_result(None)

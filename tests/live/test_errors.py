@@ -272,3 +272,30 @@ async def test_unexpected_output_is_the_original_class(server: RestateServer) ->
 
     async with hosted(server, service) as ingress:
         assert await ingress.call("Original/run") == "caught"
+
+
+async def test_used_up_retries_let_the_others_begin(server: RestateServer) -> None:
+    """A step that is given up does not end the attempt: what its failure held back goes on."""
+    service = restate.Service("GivenUp")
+
+    async def fails() -> str:
+        raise RuntimeError("always")
+
+    async def works() -> str:
+        return "worked"
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> list[str]:
+        async def give_up() -> str:
+            with pytest.raises(restate.TerminalError):
+                await ctx.run_typed("fails", fails, restate.RunOptions(max_attempts=1))
+            return await ctx.run_typed("after", works)
+
+        async def go_on() -> str:
+            await asyncio.sleep(0.01)
+            return await ctx.run_typed("beside", works)
+
+        return list(await asyncio.gather(give_up(), go_on()))
+
+    async with hosted(server, service) as ingress:
+        assert await ingress.call("GivenUp/run") == ["worked", "worked"]

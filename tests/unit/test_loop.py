@@ -167,7 +167,7 @@ async def test_closing_ends_what_waits_without_error_handling(loop: HandlerLoop)
             seen.append("outer")
 
     task = start(loop, run())
-    loop.close([waiter])
+    loop.close()
     assert task.done()
     assert seen == ["generator", "inner", "outer"]
     assert loop.is_closed()
