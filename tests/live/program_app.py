@@ -265,7 +265,9 @@ class Group(Base):
     parts: list[Node]
 
     async def run(self, path: str, scope: Scope) -> Any:
-        parts = [interpret(part, f"{path}.{n}", scope) for n, part in enumerate(self.parts)]
+        parts: list[Coroutine[Any, Any, Any]] = [
+            interpret(part, f"{path}.{n}", scope) for n, part in enumerate(self.parts)
+        ]
         try:
             return await _GROUPS[self.how](parts)
         except BaseExceptionGroup as group:
@@ -378,7 +380,7 @@ class Race(Base):
     parts: list[Node]
 
     async def run(self, path: str, scope: Scope) -> Any:
-        tasks = [
+        tasks: list[asyncio.Task[Any]] = [
             asyncio.create_task(interpret(part, f"{path}.{n}", scope))
             for n, part in enumerate(self.parts)
         ]
@@ -393,7 +395,8 @@ class Race(Base):
 
     def claims(self, path: str, value: Any) -> Iterator[Claim]:
         n, result = value
-        yield from self.parts[n].claims(f"{path}.{n}", result)
+        part: Base = self.parts[n]
+        yield from part.claims(f"{path}.{n}", result)
 
 
 class Try(Base):
@@ -498,7 +501,7 @@ class AgentRun(Base):
         assert len(returned) == sum(map(len, self.rounds))
         for n, uses in enumerate(self.rounds):
             for k, use in enumerate(uses):
-                yield from use.claims(f"{path}/t{n}.{k}", returned[f"{n}.{k}"])
+                yield from cast(Look, use).claims(f"{path}/t{n}.{k}", returned[f"{n}.{k}"])
 
 
 Node = Annotated[
@@ -545,7 +548,7 @@ async def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelRespons
         for message in messages
         if isinstance(message, ModelRequest)
         for part in message.parts
-        if isinstance(part, ToolReturnPart)
+        if isinstance(part, ToolReturnPart) and part.outcome == "success"
     }
     number = sum(isinstance(message, ModelResponse) for message in messages)
     failures = prompt.run.failures if number == 0 else 0

@@ -1,13 +1,14 @@
 """Programs that hypothesis generates run the same way in every attempt, and each step once.
 
-`DETERMINISM_PROGRAMS=500` sets how many programs each test runs, `DETERMINISM_SEED` which ones. A
-program that fails is shrunk and printed; `DETERMINISM_PROGRAM='{"op": ...}'` runs that one alone.
+`DETERMINISM_PROGRAMS=500` sets how many programs each test runs, `DETERMINISM_SEED` which ones. What
+fails is shrunk and printed as JSON; `DETERMINISM_PROGRAM='{"op": ...}'` runs that one alone, again
+and again. In a trace, what happened to a step is found by its label.
 """
 
 import asyncio
+import json
 import os
 import random
-from collections import Counter
 from collections.abc import Generator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Self
 
 import httpx2
 import pytest
+from hypercorn.config import Config
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
@@ -74,6 +76,14 @@ def composed(parts: SearchStrategy[Any]) -> SearchStrategy[Any]:
     """Nodes made of `parts`."""
     several = st.lists(parts, min_size=1, max_size=4)
     calls = st.builds(p.Call, body=parts)
+    # several siblings that compensate because one fails: their order must not depend on addresses
+    guards = st.builds(p.Guard, body=parts, compensation=calm_steps)
+    collapsing = st.builds(
+        lambda how, guards, failing: p.Group(how=how, parts=[*guards, failing]),
+        st.sampled_from(["task group", "anyio", "gather"]),
+        st.lists(guards, min_size=2, max_size=5),
+        st.builds(p.Step, ms=short, ending=st.just("terminal")),
+    )
     tools = st.one_of(looks, delegates, st.builds(p.Orchestrate, body=parts, retries=retries))
     return st.one_of(
         st.builds(p.Sequence, parts=several),
@@ -95,7 +105,8 @@ def composed(parts: SearchStrategy[Any]) -> SearchStrategy[Any]:
         ),
         st.builds(p.Race, parts=several),
         st.builds(p.Try, body=parts),
-        st.builds(p.Guard, body=parts, compensation=calm_steps),
+        guards,
+        collapsing,
         calls,
         agents(tools, failures),
     )
@@ -152,10 +163,9 @@ def unordered_failures(log: str) -> list[str]:
 
 async def settled(server: RestateServer) -> None:
     """Wait until no invocation runs: calls go on when their caller has given up on them."""
+    running = "SELECT id FROM sys_invocation WHERE status != 'completed' LIMIT 1"
     async with asyncio.timeout(60):
-        while await server.query(
-            "SELECT id FROM sys_invocation WHERE status != 'completed' LIMIT 1"
-        ):
+        while await server.query(running):  # noqa: ASYNC110 - the server tells nobody
             await asyncio.sleep(0.02)
 
 
@@ -221,6 +231,9 @@ def bench(
 ) -> Generator[Bench]:
     """Where programs run; on a server in normal and one in always-replay mode."""
     monkeypatch.setenv("DETERMINISM_TRACE", str(tmp_path / "trace"))
+    # hypercorn ends a connection after 1,000 requests or when it is idle, with what is under way on it
+    monkeypatch.setattr(Config, "keep_alive_max_requests", 2**31 - 1)
+    monkeypatch.setattr(Config, "keep_alive_timeout", 2**31 - 1)
     with Bench(server, tmp_path / "trace") as bench:
         yield bench
 
@@ -228,7 +241,10 @@ def bench(
 def test_programs_run_the_same_in_every_attempt(bench: Bench) -> None:
     """No mismatch, no swapped answer, no repeated step, the same view in each attempt."""
     if given_program := os.environ.get("DETERMINISM_PROGRAM"):
-        return bench.check([p.Request.model_validate_json(given_program).node])
+        program = p.Request.model_validate({"root": "", "node": json.loads(given_program)}).node
+        for _ in range(20):  # what goes wrong may depend on time
+            bench.check([program])
+        return
 
     @seed(SEED)
     @settings(
@@ -236,7 +252,7 @@ def test_programs_run_the_same_in_every_attempt(bench: Bench) -> None:
         deadline=None,
         database=None,
         print_blob=True,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
     @given(st.lists(programs, min_size=AT_ONCE, max_size=AT_ONCE))
     def check(batch: list[Any]) -> None:
@@ -244,7 +260,7 @@ def test_programs_run_the_same_in_every_attempt(bench: Bench) -> None:
             bench.check(batch)
         except BaseException as error:
             for program in batch:
-                error.add_note(program.model_dump_json(exclude_defaults=True))
+                error.add_note(program.model_dump_json())
             raise
 
     check()
@@ -263,7 +279,7 @@ def generate(number: int) -> list[Any]:
         deadline=None,
         database=None,
         phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
     @given(programs)
     def draw(program: Any) -> None:
@@ -340,8 +356,8 @@ async def test_programs_survive_kills(tmp_path: Path) -> None:
             check_replays(run_evidence)
             repeated += check_kills(run_evidence, kills, journaled)
         except AssertionError as error:
-            error.add_note(program.model_dump_json(exclude_defaults=True))
+            error.add_note(program.model_dump_json())
             raise
     assert repeated, "no kill hit a step: nothing was tested"
-    kinds = Counter(error.splitlines()[0][:160] for error in unordered_failures(log))
-    assert not any("570" in error or "mismatch" in error.lower() for error in kinds), kinds
+    # that a worker was gone is what was ordered here
+    assert not [e for e in unordered_failures(log) if "restate.error.code=RT0010" not in e]
