@@ -9,10 +9,11 @@ from collections.abc import Callable, Coroutine, Iterable
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import wraps
+from inspect import signature
 from typing import Any, cast
 
 import restate
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from restate import Service, TerminalError, VirtualObject, Workflow
 from restate.serde import Serde
 
@@ -43,12 +44,16 @@ def app(services: Iterable[AnyService], **options: Any) -> Any:
 def _hosted(service: AnyService) -> AnyService:
     hosted = copy(service)
     handlers: dict[str, Handler[Any, Any]] = cast(Any, service).handlers
-    hosted.handlers = {name: _wrap(handler) for name, handler in handlers.items()}
+    hosted.handlers = {name: hosted_handler(handler) for name, handler in handlers.items()}
     return hosted
 
 
-def _wrap(handler: Handler[Any, Any]) -> Handler[Any, Any]:
-    io = replace(handler.handler_io, input_serde=_InputSerde(handler.handler_io.input_serde))
+def hosted_handler(handler: Handler[Any, Any]) -> Handler[Any, Any]:
+    """Return `handler` as `durable.app` hosts it."""
+    io = replace(
+        handler.handler_io,
+        input_serde=_InputSerde(handler.handler_io.input_serde, needs_body=_takes_model(handler)),
+    )
 
     handle: Callable[..., Coroutine[Any, Any, Any]] = cast(Any, handler.fn)
 
@@ -68,6 +73,13 @@ def _wrap(handler: Handler[Any, Any]) -> Handler[Any, Any]:
     return replace(handler, fn=run, handler_io=io)
 
 
+def _takes_model(handler: Handler[Any, Any]) -> bool:
+    """Whether the input is a Pydantic model and not optional; the SDK makes `None` of an empty body."""
+    parameters = list(signature(handler.fn, eval_str=True).parameters.values())
+    annotation = parameters[1].annotation if len(parameters) > 1 else None
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
 @dataclass(frozen=True)
 class _BadInput:
     """A request body that could not be read, carried past the SDK, which would answer 500."""
@@ -79,10 +91,16 @@ class _BadInput:
 class _InputSerde(Serde[Any]):
     """Reads a handler's input, with what is wrong with it as a value instead of an exception."""
 
-    def __init__(self, inner: Serde[Any]) -> None:
+    def __init__(self, inner: Serde[Any], *, needs_body: bool) -> None:
         self._inner = inner
+        self._needs_body = needs_body
 
     def deserialize(self, buf: bytes) -> Any:
+        if self._needs_body and not buf:
+            error = ValueError("the request body is empty")
+            return _BadInput(
+                f"The request cannot be handled: {error}. Send `{{}}` for defaults.", error
+            )
         try:
             return self._inner.deserialize(buf)
         except ValidationError as error:

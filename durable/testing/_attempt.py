@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any, cast
 
-from durable._app import _wrap  # pyright: ignore[reportPrivateUsage]
+from durable._app import hosted_handler
 from durable._sdk import (
     DisconnectedException,
     DoProgressExecuteRun,
@@ -85,7 +85,7 @@ class Attempt:
 
     def _observed(self, handler: Handler[Any, Any]) -> Handler[Any, Any]:
         """Host the handler as `durable.app` does, and watch its steps."""
-        hosted = _wrap(handler)
+        hosted = hosted_handler(handler)
 
         async def run(context: Any, *arguments: Any) -> Any:
             execute = context.create_run_coroutine

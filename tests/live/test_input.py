@@ -65,3 +65,12 @@ async def test_defaults_apply(server: RestateServer) -> None:
     """The defaults of the request model make an empty object a valid request."""
     async with hosted(server, service()) as ingress:
         assert await ingress.call("Input/run", {}) == {"text": "hello", "prompts": ["one"]}
+
+
+async def test_an_empty_body(server: RestateServer) -> None:
+    """The SDK would call the handler with `None`; the ingress refuses it when it can tell."""
+    async with hosted(server, service()) as ingress:
+        response = await ingress.post(
+            "Input/run", content=b"", headers={"content-type": "application/json"}
+        )
+        assert response.status_code == 400
