@@ -394,9 +394,8 @@ class Race(Base):
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def claims(self, path: str, value: Any) -> Iterator[Claim]:
-        n, result = value
-        part: Base = self.parts[n]
-        yield from part.claims(f"{path}.{n}", result)
+        n, result = cast("tuple[int, Any]", value)
+        yield from self.parts[n].claims(f"{path}.{n}", result)
 
 
 class Try(Base):

@@ -72,6 +72,10 @@ plain_agents = agents(plain_looks, st.just(0))
 delegates = st.builds(p.Delegate, agent=plain_agents)
 
 
+def _collapsing(how: Any, guards: list[Any], failing: p.Step) -> p.Group:
+    return p.Group(how=how, parts=[*guards, failing])
+
+
 def composed(parts: SearchStrategy[Any]) -> SearchStrategy[Any]:
     """Nodes made of `parts`."""
     several = st.lists(parts, min_size=1, max_size=4)
@@ -79,7 +83,7 @@ def composed(parts: SearchStrategy[Any]) -> SearchStrategy[Any]:
     # several siblings that compensate because one fails: their order must not depend on addresses
     guards = st.builds(p.Guard, body=parts, compensation=calm_steps)
     collapsing = st.builds(
-        lambda how, guards, failing: p.Group(how=how, parts=[*guards, failing]),
+        _collapsing,
         st.sampled_from(["task group", "anyio", "gather"]),
         st.lists(guards, min_size=2, max_size=5),
         st.builds(p.Step, ms=short, ending=st.just("terminal")),
