@@ -30,3 +30,13 @@ async def test_the_first_program(server: RestateServer) -> None:
         answer = await ingress.post(path, content=body.encode(), headers=json)
         assert answer.json() == "old pond"
         assert await ingress.steps("Poet") == ["poet__model.request"]
+
+
+async def test_the_test_of_a_handler() -> None:
+    """The README's test of its first program passes."""
+    program, *others = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    [test] = [fence for fence in others if "InMemoryInvocation" in fence]
+    namespace: dict[str, Any] = {"TestModel": TestModel}
+    exec(program.replace("openai:gpt-5-mini", "test"), namespace)
+    exec(test, namespace)
+    await namespace["test_write"]()
