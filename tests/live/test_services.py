@@ -1,0 +1,298 @@
+"""`services:app` as it is deployed: in a process of its own, with a provider of models."""
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any, cast
+from uuid import uuid4
+
+import httpx2
+import pytest
+
+import services
+from durable._process import free_ports, http_status
+from durable.server import RestateServer
+from durable.worker import Worker
+from services.chaining import EXAMPLE_PROMPTS, EXAMPLE_TEXT, CallChainingResponse
+from services.routing import EXAMPLE_TICKETS, RoutingResponse
+from tests.live.hosting import Ingress
+
+pytestmark = pytest.mark.live
+
+CHECKOUT = Path(services.__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    """One event loop for the module, in which its worker lives."""
+    return "asyncio"
+
+
+# A provider whose model fills in whatever JSON schema it is given
+
+
+@dataclass
+class SchemaProvider:
+    """An OpenAI-compatible server, and what it was asked."""
+
+    url: str
+    requests: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The environment of a worker that uses it, whatever is configured for this process."""
+        unset = {
+            name: "" for name in os.environ if name.startswith(("OPENAI_", "ANTHROPIC_", "AGENTS_"))
+        }
+        return {
+            **unset,
+            "OPENAI_BASE_URL": f"{self.url}/v1",
+            "AGENTS_MODEL": "openai:scripted",
+        }
+
+
+@contextmanager
+def schema_provider(*, valid: bool = True) -> Generator[SchemaProvider]:
+    """Serve a model that answers validly, or one that never does."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            served.requests.append(request)
+            text = "I would rather talk about something else."
+            if valid:
+                schema = request["response_format"]["json_schema"]["schema"]
+                text = json.dumps(fill(schema, schema, len(served.requests)))
+            body = json.dumps(completion(text)).encode()
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    served = SchemaProvider(f"http://127.0.0.1:{http.server_port}")
+    thread = Thread(target=http.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield served
+    finally:
+        http.shutdown()
+        http.server_close()
+        thread.join()
+
+
+def fill(schema: dict[str, Any], root: dict[str, Any], number: int) -> Any:
+    """Make a value that fits a JSON schema, with the number of the request in its texts."""
+    if "$ref" in schema:
+        schema = root["$defs"][schema["$ref"].removeprefix("#/$defs/")]
+    if "enum" in schema:
+        return schema["enum"][0]
+    if schema["type"] == "object":
+        return {name: fill(it, root, number) for name, it in schema["properties"].items()}
+    if schema["type"] == "array":
+        return [fill(schema["items"], root, number)]
+    assert schema["type"] == "string", schema
+    return f"text {number}"
+
+
+def completion(text: str) -> dict[str, Any]:
+    """What the chat completions API answers."""
+    message = {"role": "assistant", "content": text}
+    return {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 1_700_000_000,
+        "model": "scripted",
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8},
+    }
+
+
+@dataclass
+class App:
+    """`services:app`, served by a worker and registered."""
+
+    ingress: Ingress
+    provider: SchemaProvider
+
+
+@asynccontextmanager
+async def serving(server: RestateServer, provider: SchemaProvider) -> AsyncGenerator[App]:
+    """Serve `services:app` the way `durable dev` and `python -m services` do."""
+    async with Worker("services:app", cwd=CHECKOUT, env=provider.env) as worker:
+        await server.register(worker.url)
+        async with httpx2.AsyncClient(timeout=20, trust_env=False) as http:
+            yield App(Ingress(server, http), provider)
+
+
+@pytest.fixture(scope="module")
+async def app(server: RestateServer) -> AsyncGenerator[App]:
+    """The app with a model that always answers validly."""
+    with schema_provider() as provider:
+        async with serving(server, provider) as app:
+            yield app
+
+
+# What a caller gets
+
+
+async def test_chaining_with_its_defaults(app: App) -> None:
+    """`{}` applies the four example prompts, each to the result of the one before."""
+    before = len(app.provider.requests)
+    answer = await app.ingress.call("CallChainingService/run", {})
+    response = CallChainingResponse.model_validate(answer)
+    assert [step.prompt for step in response.steps] == EXAMPLE_PROMPTS
+    texts = [f"text {before + number}" for number in (1, 2, 3, 4)]
+    assert [step.result for step in response.steps] == texts
+    assert response.text == texts[-1]
+    asked = [str(request["messages"]) for request in app.provider.requests[before:]]
+    assert len(asked) == 4
+    for request, given in zip(asked, ["Q3 performance summary", *texts], strict=False):
+        assert given in request
+    assert (
+        await app.ingress.steps("CallChainingService")
+        == ["chaining-transformer__model.request"] * 4
+    )
+
+
+async def test_routing_with_its_defaults(app: App) -> None:
+    """`{}` routes the example ticket and lets the chosen specialist answer."""
+    before = len(app.provider.requests)
+    answer = await app.ingress.call("RoutingService/run", {})
+    response = RoutingResponse.model_validate(answer)
+    assert response.route.team == "billing"
+    assert response.reply.next_steps == [f"text {before + 2}"]
+    assert len(app.provider.requests) == before + 2
+    assert await app.ingress.steps("RoutingService") == [
+        "routing-classifier__model.request",
+        "routing-billing__model.request",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "requests"), [("CallChainingService/run", 4), ("RoutingService/run", 2)]
+)
+async def test_an_idempotency_key_executes_once(app: App, path: str, requests: int) -> None:
+    """Two calls at once and one later with the same key: one execution, one answer for all."""
+    before = len(app.provider.requests)
+    headers = {"idempotency-key": uuid4().hex}
+    answers = await asyncio.gather(*(app.ingress.call(path, {}, headers=headers) for _ in range(2)))
+    answers.append(await app.ingress.call(path, {}, headers=headers))
+    assert answers[1:] == answers[:-1]
+    assert len(app.provider.requests) == before + requests
+
+
+@pytest.mark.parametrize(
+    ("service", "body", "names"),
+    [
+        ("CallChainingService", b'{"text": ', "JSON"),
+        ("CallChainingService", b'{"text": 5}', "`text`"),
+        ("CallChainingService", b'{"text": "  "}', "`text`"),
+        ("CallChainingService", b'{"prompts": []}', "`prompts`"),
+        ("CallChainingService", b'{"prompts": "one"}', "`prompts`"),
+        ("CallChainingService", b'{"prompts": ["ok", ""]}', "`prompts.1`"),
+        ("CallChainingService", b'{"promts": ["typo"]}', "`promts`"),
+        ("RoutingService", b"[]", "`body`"),
+        ("RoutingService", b'{"ticket": null}', "`ticket`"),
+        ("RoutingService", b'{"ticket": ""}', "`ticket`"),
+        ("RoutingService", b'{"ticket": "help", "team": "billing"}', "`team`"),
+    ],
+)
+async def test_bad_input_is_named_at_once(app: App, service: str, body: bytes, names: str) -> None:
+    """A 400 that names the field, without a retry and without asking the model."""
+    before = len(app.provider.requests)
+    headers = {"content-type": "application/json"}
+    response = await app.ingress.post(f"{service}/run", content=body, headers=headers)
+    assert response.status_code == 400
+    assert names in response.json()["message"]
+    assert (await app.ingress.invocation(service)).get("retry_count", 0) == 0
+    assert len(app.provider.requests) == before
+
+
+async def test_schemas_are_published(app: App) -> None:
+    """What a caller may send and will get is in the services' OpenAPI, with the defaults."""
+    for service, request, defaults, response in [
+        (
+            "CallChainingService",
+            "CallChainingRequest",
+            {"text": EXAMPLE_TEXT, "prompts": EXAMPLE_PROMPTS},
+            {"steps", "text"},
+        ),
+        ("RoutingService", "RoutingRequest", {"ticket": EXAMPLE_TICKETS[0]}, {"route", "reply"}),
+    ]:
+        answer = await app.ingress.http.get(
+            f"{app.ingress.server.admin_url}/services/{service}/openapi"
+        )
+        assert answer.status_code == 200, answer.text
+        document = answer.json()
+        assert any(path.endswith(f"/{service}/run") for path in document["paths"])
+        schemas = list(objects(document))
+        [sent] = [it for it in schemas if it.get("title") == request]
+        assert {name: it["default"] for name, it in sent["properties"].items()} == defaults
+        assert sent["additionalProperties"] is False
+        assert any(set(it["properties"]) == response for it in schemas)
+
+
+def objects(document: object) -> Generator[dict[str, Any]]:
+    """Yield every schema of an object in a JSON document."""
+    if isinstance(document, dict):
+        found = cast("dict[str, Any]", document)
+        if isinstance(found.get("properties"), dict):
+            yield found
+        for value in found.values():
+            yield from objects(value)
+    elif isinstance(document, list):
+        for item in cast("list[object]", document):
+            yield from objects(item)
+
+
+async def test_a_model_that_never_answers_validly(server: RestateServer) -> None:
+    """The invocation ends with a clear error; restate-server does not go on trying."""
+    with schema_provider(valid=False) as provider:
+        async with serving(server, provider) as app:
+            for service in ("RoutingService", "CallChainingService"):
+                before = len(provider.requests)
+                response = await app.ingress.post(f"{service}/run", {})
+                assert response.status_code == 502
+                assert "Exceeded maximum output retries" in response.json()["message"]
+                assert len(provider.requests) == before + 2
+                assert (await app.ingress.invocation(service)).get("retry_count", 0) == 0
+
+
+async def test_a_bare_hypercorn_serves_it(server: RestateServer, tmp_path: Path) -> None:
+    """`hypercorn services:app` is all that a deployment needs."""
+    [port] = free_ports(1)
+    with schema_provider() as provider, (tmp_path / "log").open("wb") as log:
+        command = ["-m", "hypercorn", "--bind", f"127.0.0.1:{port}", "services:app"]
+        worker = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *command,
+            cwd=CHECKOUT,
+            env={**os.environ, **provider.env},
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            for _ in range(600):
+                if worker.returncode is not None or http_status(port, "/health"):
+                    break
+                await asyncio.sleep(0.05)
+            await server.register(f"http://127.0.0.1:{port}")
+            async with httpx2.AsyncClient(timeout=20, trust_env=False) as http:
+                answer = await Ingress(server, http).call("RoutingService/run", {})
+        finally:
+            worker.kill()
+            await worker.wait()
+    assert RoutingResponse.model_validate(answer).route.team == "billing"
+    assert "Traceback" not in (tmp_path / "log").read_text()
