@@ -17,6 +17,7 @@ from pydantic_ai.capabilities import (
     Hooks,
     LocalWorkspace,
     ProcessEventStream,
+    ProcessHistory,
     ResolveModelId,
     durable_operation,
 )
@@ -212,6 +213,40 @@ async def test_iter(server: RestateServer) -> None:
         assert (await ingress.invocation("Iter")).get("retry_count", 0) == 0
     assert done == {"model": 2, "look": 1}
     assert len(seen) == 1
+
+
+async def test_streams_left_early(server: RestateServer) -> None:
+    """Leaving a stream ends its run, and the handler goes on the same way on every replay."""
+    agent = Agent(script([call("look")]), name="early", capabilities=[durable.RestateDurability()])
+    service = restate.Service("Early")
+
+    @agent.tool_plain
+    async def look() -> str:
+        done["look"] += 1
+        return "seen it all"
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> list[str]:
+        seen: list[str] = []
+        async with agent.run_stream_events("go") as events:
+            async for event in events:
+                if event.event_kind == "function_tool_result":
+                    seen.append(event.event_kind)
+                    break
+        await ctx.run_typed("between", after)
+        async with agent.run_stream("go") as result:
+            async for text in result.stream_text(debounce_by=None):
+                seen.append(text.strip())
+                break
+        await ctx.run_typed("after", after)
+        return seen
+
+    async with hosted(server, service) as ingress:
+        kind, text = await ingress.call("Early/run")
+        assert kind == "function_tool_result"
+        assert "seen it all".startswith(text)
+        assert (await ingress.invocation("Early")).get("retry_count", 0) == 0
+    assert done == {"model": 3, "look": 2}
 
 
 @pytest.mark.parametrize("given", ["to the run", "to the agent"])
@@ -541,6 +576,64 @@ async def test_history_in_the_state_of_an_object(server: RestateServer) -> None:
         assert await ingress.call("Chat/me/length") == 6
         assert await ingress.call("Chat/you/say", "alone") == "alone"
     assert done == {"model": 4}
+
+
+async def test_history_is_shortened_once(server: RestateServer) -> None:
+    """A provider's compaction is a step; so is a summary that `durable.step` makes."""
+
+    class Compacting(FunctionModel):
+        async def compact_messages(
+            self, request_context: ModelRequestContext, *, instructions: str | None = None
+        ) -> ModelResponse:
+            done["compact"] += 1
+            return ModelResponse(parts=[TextPart(f"{len(request_context.messages)} message(s)")])
+
+    def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+        [part] = messages[0].parts
+        assert isinstance(part, UserPromptPart)
+        return ModelResponse(parts=[TextPart(str(part.content))])
+
+    @durable.step
+    async def summarise(text: str) -> str:
+        done["summarise"] += 1
+        return f"summary of {text}"
+
+    async def shorten(messages: list[ModelMessage]) -> list[ModelMessage]:
+        return [ModelRequest(parts=[UserPromptPart(await summarise(f"{len(messages)} messages"))])]
+
+    hooks = Hooks[object]()
+    compacting = Agent(
+        Compacting(respond), name="compact", capabilities=[hooks, durable.RestateDurability()]
+    )
+    summarising = Agent(
+        FunctionModel(respond),
+        name="summarise",
+        capabilities=[ProcessHistory(shorten), durable.RestateDurability()],
+    )
+    service = restate.Service("Shortened")
+
+    @hooks.on.before_model_request
+    async def compact(ctx: RunContext, request_context: ModelRequestContext) -> ModelRequestContext:
+        response = await request_context.model.compact_messages(request_context)
+        assert response.parts == [TextPart("1 message(s)")]
+        return request_context
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> list[str]:
+        outputs = [(await agent.run("go")).output for agent in (compacting, summarising)]
+        await ctx.run_typed("after", after)
+        return outputs
+
+    async with hosted(server, service) as ingress:
+        assert await ingress.call("Shortened/run") == ["go", "summary of 1 messages"]
+        assert await ingress.steps("Shortened") == [
+            "compact__model.compact_messages",
+            "compact__model.request",
+            "step:summarise",
+            "summarise__model.request",
+            "after",
+        ]
+    assert done == {"compact": 1, "summarise": 1}
 
 
 async def test_a_workflow_waits_for_a_promise(server: RestateServer) -> None:

@@ -12,12 +12,19 @@ from enum import Enum
 from typing import Any
 from uuid import UUID
 
+import anyio
 import pytest
 import restate
 from pydantic import BaseModel
 from pydantic_ai import Agent, ModelRetry, RunContext
-from pydantic_ai.capabilities import NativeTool
-from pydantic_ai.exceptions import ApprovalRequired, CallDeferred, ToolFailed, UserError
+from pydantic_ai.capabilities import HandleDeferredToolCalls, NativeTool
+from pydantic_ai.exceptions import (
+    ApprovalRequired,
+    CallDeferred,
+    RunCancelled,
+    ToolFailed,
+    UserError,
+)
 from pydantic_ai.messages import (
     BinaryContent,
     ImageUrl,
@@ -662,6 +669,161 @@ async def test_context_tools_sync_and_async(server: RestateServer) -> None:
             "part",
         ]
     assert done == {"model": 2, "part": 1}
+
+
+async def test_context_tools_use_any_async_library(server: RestateServer) -> None:
+    """anyio's task groups and scopes in handler code: their time is Restate's, on every replay."""
+    agent = Agent(
+        script([call("work", "1"), call("work", "2")]),
+        name="anyio",
+        capabilities=[durable.RestateDurability()],
+    )
+    service = restate.Service("Anyio")
+
+    @agent.tool_plain(metadata={"restate": False}, timeout=5)
+    async def work() -> str:
+        ctx = durable.restate_context()
+        seen: list[int] = []
+
+        async def branch(number: int) -> None:
+            await anyio.sleep(0.03 * (3 - number))
+            seen.append(await ctx.run_typed("branch", lambda: number))
+
+        async with anyio.create_task_group() as group:
+            for number in range(3):
+                group.start_soon(branch, number)
+        with anyio.move_on_after(0.05) as scope:
+            await anyio.sleep(60)
+        return f"{seen} {scope.cancelled_caught}"
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> str:
+        output = (await agent.run("go")).output
+        await ctx.run_typed("after", after)
+        return output
+
+    async with hosted(server, service) as ingress:
+        expected = "work=[2, 1, 0] True; work=[2, 1, 0] True"
+        assert await ingress.call("Anyio/run") == expected
+        assert (await ingress.invocation("Anyio")).get("retry_count", 0) == 0
+    assert done == {"model": 2}
+
+
+async def test_time_limits_of_tools(server: RestateServer) -> None:
+    """PydanticAI's own `timeout` of a tool asks the model again, in a step and in handler code."""
+    agent = Agent(
+        script([call("in_step"), call("in_handler")]),
+        name="limited",
+        capabilities=[durable.RestateDurability()],
+    )
+    service = restate.Service("TimeLimits")
+
+    @agent.tool_plain(timeout=0.05)
+    async def in_step() -> str:
+        done["in_step"] += 1
+        await asyncio.sleep(30)
+        return "too late"
+
+    @agent.tool_plain(timeout=0.05, metadata={"restate": False})
+    async def in_handler() -> str:
+        await asyncio.sleep(30)
+        return "too late"
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> str:
+        output = (await agent.run("go")).output
+        await ctx.run_typed("after", after)
+        return output
+
+    async with hosted(server, service) as ingress:
+        output = await ingress.call("TimeLimits/run")
+        assert output.count("Timed out after 0.05 seconds") == 2
+    assert done == {"model": 2, "in_step": 1}
+
+
+async def test_a_context_tool_cancels_the_run(server: RestateServer) -> None:
+    """`ctx.cancel` in handler code ends the run: `RunCancelled`, or 409 for the caller."""
+    agent = Agent(
+        script([call("look")], [call("stop")]),
+        name="stopping",
+        capabilities=[durable.RestateDurability()],
+    )
+    service = restate.Service("Stopping")
+
+    @agent.tool_plain
+    async def look() -> str:
+        done["look"] += 1
+        return "seen"
+
+    @agent.tool(metadata={"restate": False})
+    async def stop(ctx: RunContext) -> str:
+        ctx.cancel()
+        return "stopped"
+
+    @service.handler()
+    async def caught(ctx: restate.Context) -> int:
+        with pytest.raises(RunCancelled) as caught:
+            await agent.run("go")
+        await ctx.run_typed("after", after)
+        return len(caught.value.all_messages())
+
+    @service.handler()
+    async def uncaught(ctx: restate.Context) -> str:
+        return (await agent.run("go")).output
+
+    async with hosted(server, service) as ingress:
+        assert await ingress.call("Stopping/caught") >= 4
+        response = await ingress.post("Stopping/uncaught")
+        assert response.status_code == 409
+        assert (await ingress.invocation("Stopping")).get("retry_count", 0) == 0
+    assert done == {"model": 4, "look": 2}
+
+
+async def test_approval_within_the_run(server: RestateServer) -> None:
+    """`HandleDeferredToolCalls` may wait for an awakeable: the run goes on where it stopped."""
+    asked: asyncio.Future[str] = asyncio.Future()
+
+    async def approve(ctx: RunContext, requests: DeferredToolRequests) -> DeferredToolResults:
+        awakeable, answer = durable.restate_context().awakeable(type_hint=str)
+
+        async def notify() -> None:
+            asked.set_result(awakeable)
+
+        await durable.restate_context().run_typed("notify", notify)
+        approved = await answer == "yes"
+        return requests.build_results(
+            approvals={request.tool_call_id: approved for request in requests.approvals}
+        )
+
+    agent = Agent(
+        script([call("look"), call("pay")]),
+        name="approved",
+        capabilities=[HandleDeferredToolCalls(approve), durable.RestateDurability()],
+    )
+    service = restate.Service("Approved")
+
+    @agent.tool_plain
+    async def look() -> str:
+        done["look"] += 1
+        return "seen"
+
+    @agent.tool_plain(requires_approval=True)
+    async def pay() -> str:
+        done["pay"] += 1
+        return "paid"
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> str:
+        output = (await agent.run("go")).output
+        await ctx.run_typed("after", after)
+        return output
+
+    async with hosted(server, service) as ingress:
+        answer = asyncio.create_task(ingress.call("Approved/run"))
+        awakeable = await asyncio.wait_for(asked, 10)
+        await ingress.post(f"restate/awakeables/{awakeable}/resolve", "yes")
+        assert set((await answer).split("; ")) == {"look=seen", "pay=paid"}
+    assert done == {"model": 2, "look": 1, "pay": 1}
 
 
 # Toolsets
