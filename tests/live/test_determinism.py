@@ -270,6 +270,26 @@ def test_programs_run_the_same_in_every_attempt(bench: Bench) -> None:
     check()
 
 
+sleeping_guard = p.Guard(body=p.Sleep(ms=50), compensation=p.Step(ms=3))
+terminal_step = p.Step(ms=5, ending="terminal")
+
+FAILED_ONCE = {
+    # the step after one whose retries were used up never began
+    "exhausted": p.Sequence(parts=[p.Try(body=p.Step(ending="exhausted")), p.Step()]),
+    # a task group cancels its tasks in the order of a set
+    "cancel order": p.Group(how="task group", parts=[*[sleeping_guard] * 5, terminal_step]),
+    # code that waited for tasks went on when the end of the attempt had ended these
+    "attempt over": p.Race(parts=[p.Step(), sleeping_guard]),
+}
+
+
+@pytest.mark.parametrize("program", FAILED_ONCE.values(), ids=FAILED_ONCE)
+def test_programs_that_failed_once(bench: Bench, program: Any) -> None:
+    """What the property test found stays fixed."""
+    for _ in range(5):
+        bench.check([program])
+
+
 # With kills
 
 
