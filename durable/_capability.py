@@ -15,7 +15,6 @@ from pydantic_ai.capabilities import (
     WrapRunHandler,
 )
 from pydantic_ai.durable_exec import (
-    JSON_CODEC,
     BaseDurabilityCapability,
     DurabilityEngineSpec,
     DurableOperationId,
@@ -36,6 +35,7 @@ from pydantic_ai.tools import AgentDepsT, RunContext
 from pydantic_ai.toolsets import AbstractToolset, DynamicToolset, ToolsetTool
 from restate import RunOptions
 
+from durable._codec import ResultCodec
 from durable._context import Invocation, current_invocation
 from durable._driver import InvocationCancelled
 from durable._errors import not_serializable
@@ -99,7 +99,7 @@ class RestateDurability(BaseDurabilityCapability[AgentDepsT]):
         engine_name="Restate",
         durable_unit_noun="run step",
         durable_container_noun="handler",
-        codec=JSON_CODEC,
+        codec=ResultCodec(),
         serialization_failure=not_serializable,
         # Function tools and factories hold no connection; an MCP session is opened by the first step
         # that needs it, so that connecting is retried and a replay needs no server.

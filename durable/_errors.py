@@ -14,6 +14,7 @@ tells them apart; an exception is looked up by its closest base class in it.
 Messages carry no response bodies and no headers: they are stored in the journal and sent to callers.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -122,9 +123,12 @@ def step_failure(error: Exception, step: str | None = None) -> Exception:
 
 def not_serializable(error: Exception) -> pai.UserError:
     """Return the error of a result that cannot be stored: no retry would heal it."""
+    # of the message only the type: the rest may quote the result
+    found = re.search(r"unknown type: <class '([^']*)'>", str(error))
+    what = f"`{found[1]}`" if found else type(error).__name__
     return pai.UserError(
-        f"The result cannot be stored in the journal as JSON: {error}. Return what Pydantic can "
-        "serialize: built-in types, dataclasses, models, `BinaryContent`."
+        f"The result cannot be stored in the journal as JSON: {what}. Return what Pydantic can "
+        "serialize: built-in types, dataclasses, models, `BinaryContent`; text must be valid Unicode."
     )
 
 

@@ -259,13 +259,22 @@ def _refusing(name: str) -> Callable[..., NoReturn]:
     return refuse
 
 
+def _refuse_sync(self: HandlerLoop, *args: Any, **kwargs: Any) -> NoReturn:
+    raise UserError(
+        "Handler code used a blocking call (`agent.run_sync`, `run_until_complete`), which cannot wait for "
+        "durable operations. Use the async form: `await agent.run(...)`."
+    )
+
+
 _OUTSIDE_WORLD = (
     "add_reader add_signal_handler add_writer connect_accepted_socket connect_read_pipe connect_write_pipe "
     "create_connection create_datagram_endpoint create_server create_unix_connection create_unix_server "
-    "getaddrinfo getnameinfo remove_reader remove_signal_handler remove_writer run_forever run_until_complete "
+    "getaddrinfo getnameinfo remove_reader remove_signal_handler remove_writer "
     "sendfile set_default_executor shutdown_default_executor sock_accept sock_connect sock_recv sock_recv_into "
     "sock_recvfrom sock_recvfrom_into sock_sendall sock_sendfile sock_sendto start_tls stop subprocess_exec "
     "subprocess_shell"
 )
 for _name in _OUTSIDE_WORLD.split():
     setattr(HandlerLoop, _name, _refusing(_name))
+for _name in ("run_forever", "run_until_complete"):
+    setattr(HandlerLoop, _name, _refuse_sync)

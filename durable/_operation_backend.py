@@ -25,12 +25,12 @@ from pydantic_ai.durable_exec import (
 from pydantic_ai.exceptions import ToolFailed, UserError
 from pydantic_ai.tools import RunContext
 from pydantic_ai.usage import RunUsage
-from pydantic_core import from_json, to_json
+from pydantic_core import PydanticSerializationError, from_json, to_json
 from restate import RunOptions, TerminalError
 from restate.serde import BytesSerde
 
 from durable._context import current_invocation
-from durable._errors import describe, original_error, step_failure
+from durable._errors import describe, not_serializable, original_error, step_failure
 from durable._identity import current_run_clock
 from durable._names import declaration, renamed
 
@@ -137,10 +137,7 @@ async def run_step(
                 result = await body()
         except Exception as error:
             raise step_failure(error, name) from error
-        entry: dict[str, object] = {"at": [began, _now()], "result": result}
-        if step.usage is not None:
-            entry["usage"] = _USAGE.dump_python(step.usage, mode="json", exclude_defaults=True)
-        return to_json(entry)
+        return _stored(result, began, step, name)
 
     try:
         stored = await invocation.context.run_typed(
@@ -157,6 +154,16 @@ async def run_step(
     if "usage" in entry and (caller := _caller.get()) is not None:
         caller.usage.incr(_USAGE.validate_python(entry["usage"]))
     return entry["result"]
+
+
+def _stored(result: object, began: float, step: Step, name: str) -> bytes:
+    entry: dict[str, object] = {"at": [began, _now()], "result": result}
+    if step.usage is not None:
+        entry["usage"] = _USAGE.dump_python(step.usage, mode="json", exclude_defaults=True)
+    try:
+        return to_json(entry)
+    except PydanticSerializationError as error:  # text that is no Unicode
+        raise step_failure(not_serializable(error), name) from error
 
 
 _WORKER = os.urandom(16).hex()

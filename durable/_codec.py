@@ -1,0 +1,39 @@
+"""How results become JSON: as PydanticAI's JSON codec does it, but `bytes` as base64.
+
+A plain agent gives a tool's `bytes` to the model as base64; UTF-8, the codec's way, would make another
+text of them, or fail.
+"""
+
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter
+from pydantic.errors import PydanticUserError
+from pydantic_ai.durable_exec import JSON_CODEC, DurabilityCodec
+
+_CONFIG = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
+
+
+class ResultCodec(DurabilityCodec):
+    """Reduces the results of steps to JSON, and rebuilds them."""
+
+    def __init__(self) -> None:
+        """Start without adapters."""
+        self._adapters: dict[Any, TypeAdapter[Any]] = {}
+
+    def dump(self, tp: Any, value: Any) -> Any:
+        """Return `value`, of type `tp`, as JSON-compatible data."""
+        adapter = self._adapters.get(tp)
+        if adapter is None:
+            adapter = self._adapters[tp] = _adapter(tp)
+        return adapter.dump_python(value, mode="json")
+
+    def load(self, tp: Any, payload: Any) -> Any:
+        """Rebuild what `dump` was given."""
+        return JSON_CODEC.load(tp, payload)
+
+
+def _adapter(tp: Any) -> TypeAdapter[Any]:
+    try:
+        return TypeAdapter(tp, config=_CONFIG)
+    except PydanticUserError:  # models and dataclasses bring a configuration of their own
+        return TypeAdapter(tp)
