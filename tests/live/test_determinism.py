@@ -162,12 +162,16 @@ def check_executions(evidence: Evidence) -> None:
 def unordered_failures(log: str) -> list[str]:
     """Return the failures of attempts in the server's log which no program ordered."""
     _, *errors = log.split("Invocation error, ")
-    return [error for error in errors if "OrderedFailure(" not in error]
+    ours = [error for error in errors if "invocation.target=Programs/" in error]
+    return [error for error in ours if "OrderedFailure(" not in error]
 
 
 async def settled(server: RestateServer) -> None:
     """Wait until no invocation runs: calls go on when their caller has given up on them."""
-    running = "SELECT id FROM sys_invocation WHERE status != 'completed' LIMIT 1"
+    running = (
+        "SELECT id FROM sys_invocation "
+        "WHERE target_service_name = 'Programs' AND status != 'completed' LIMIT 1"
+    )
     async with asyncio.timeout(60):
         while await server.query(running):  # noqa: ASYNC110 - the server tells nobody
             await asyncio.sleep(0.02)
