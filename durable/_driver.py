@@ -174,7 +174,8 @@ class Driver:
                 error,
             )
         else:
-            logger.error("The attempt failed, Restate will retry it: %s", error)
+            reason = str(error).partition("\n")[0]
+            logger.warning("The attempt failed, Restate will retry it: %s", reason)
         return SdkInternalException()
 
     def _awaited(self) -> UnresolvedFuture:

@@ -8,8 +8,8 @@ which is nothing but a first-in-first-out queue of callbacks.
 **Invariant: between two completions that the driver delivers, the order in which callbacks run is a
 function of the callbacks themselves.** The queue is first-in-first-out, nothing but handler code and
 the driver puts anything into it, and there is no other source of events: the clock stands still
-between completions, timers are durable sleeps, and whatever would bring in the outside world
-(threads, sockets, signals) raises. "Every task waits for a durable operation" is exactly "the queue
+between completions, timers are durable sleeps, sets of tasks (asyncio cancels in their order) do not
+depend on addresses, and whatever would bring in the outside world (threads, sockets, signals) raises. "Every task waits for a durable operation" is exactly "the queue
 is empty".
 
 The design is the one that Temporal's Python SDK uses for workflows.
@@ -45,6 +45,22 @@ class AttemptOver(KeyboardInterrupt):
     """
 
 
+class _HandlerTask(asyncio.Task[T]):
+    """A task whose place in a set does not depend on its address.
+
+    `asyncio.TaskGroup` and anyio keep their tasks in sets and cancel them in the order of the set.
+    """
+
+    def __init__(
+        self, coro: Coroutine[Any, Any, T] | Generator[Any, None, T], *, number: int, **options: Any
+    ) -> None:
+        self._number = number  # before asyncio puts the task into a set of its own
+        super().__init__(coro, **options)
+
+    def __hash__(self) -> int:
+        return self._number
+
+
 class Attempt(Protocol):
     """What the loop asks of the attempt that it runs handler code for."""
 
@@ -72,6 +88,7 @@ class HandlerLoop(asyncio.AbstractEventLoop):
         self._ready: deque[asyncio.Handle] = deque()
         self._now = 0.0
         self._closed = False
+        self._created = 0
         self._tasks: WeakKeyDictionary[asyncio.Task[Any], None] = WeakKeyDictionary()  # in order
         self._asyncgens: WeakSet[AsyncGenerator[Any, Any]] = WeakSet()
 
@@ -106,7 +123,7 @@ class HandlerLoop(asyncio.AbstractEventLoop):
                     if waiter is not None and not isinstance(waiter, asyncio.Task):
                         if not waiter.done():
                             waiter.set_exception(AttemptOver())
-                        self._run_all()
+                self._run_all()
         for task in self._tasks:
             if task.done():
                 if not task.cancelled():
@@ -197,7 +214,8 @@ class HandlerLoop(asyncio.AbstractEventLoop):
         context: Context | None = None,
     ) -> asyncio.Task[T]:
         """Create a task of this loop."""
-        task = asyncio.Task(coro, loop=self, name=name, context=context)
+        self._created += 1
+        task = _HandlerTask(coro, loop=self, name=name, context=context, number=self._created)
         self._tasks[task] = None
         return task
 

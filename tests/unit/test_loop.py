@@ -163,14 +163,36 @@ async def test_closing_ends_what_waits_without_error_handling(loop: HandlerLoop)
                 group.create_task(inner())
                 group.create_task(asyncio.Event().wait())
         finally:
-            await asyncio.sleep(0)
             seen.append("outer")
+            await asyncio.sleep(0)
 
     task = start(loop, run())
     loop.close()
     assert task.done()
     assert seen == ["generator", "inner", "outer"]
     assert loop.is_closed()
+
+
+async def test_sets_of_tasks_have_one_order(loop: HandlerLoop) -> None:
+    """Task groups cancel their tasks in the order of a set: it must not depend on addresses."""
+    cancelled: list[int] = []
+
+    async def branch(number: int) -> None:
+        try:
+            await loop.create_future()
+        finally:
+            cancelled.append(number)
+
+    async def run() -> None:
+        async with asyncio.TaskGroup() as group:
+            for number in range(50):
+                group.create_task(branch(number))
+            await asyncio.sleep(0)
+            raise RuntimeError
+
+    with pytest.raises(ExceptionGroup):
+        start(loop, run()).result()
+    assert cancelled == sorted(cancelled)
 
 
 async def test_the_host_loop_is_untouched(loop: HandlerLoop) -> None:
