@@ -9,8 +9,11 @@ which is nothing but a first-in-first-out queue of callbacks.
 function of the callbacks themselves.** The queue is first-in-first-out, nothing but handler code and
 the driver puts anything into it, and there is no other source of events: the clock stands still
 between completions, timers are durable sleeps, sets of tasks (asyncio cancels in their order) do not
-depend on addresses, and whatever would bring in the outside world (threads, sockets, signals) raises. "Every task waits for a durable operation" is exactly "the queue
-is empty".
+depend on addresses, and whatever would bring in the outside world (threads, sockets, signals) raises.
+"Every task waits for a durable operation" is exactly "the queue is empty".
+
+What stays with the author of handler code: sets of other objects, whose order depends on addresses or
+on string hashes, must not decide about the order of operations.
 
 The design is the one that Temporal's Python SDK uses for workflows.
 """
