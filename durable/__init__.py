@@ -4,7 +4,8 @@ from durable._app import app
 from durable._capability import RestateDurability
 from durable._context import restate_context
 from durable._journaled import step
-from durable._operation_backend import DEFAULT_RUN_OPTIONS, idempotency_key
+from durable._operation_backend import idempotency_key
+from durable._options import DEFAULT_RUN_OPTIONS
 
 __all__ = [
     "DEFAULT_RUN_OPTIONS",

@@ -4,7 +4,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Literal, cast
 
@@ -41,27 +41,11 @@ from durable._driver import InvocationCancelled
 from durable._errors import not_serializable
 from durable._identity import RunClock, current_run_clock
 from durable._names import output_function, run_start_time
-from durable._operation_backend import (
-    DEFAULT_RUN_OPTIONS,
-    RestateOperationBackend,
-    StepOptions,
-    current_step,
-    run_step,
-)
+from durable._operation_backend import RestateOperationBackend, current_step, run_step
+from durable._options import DEFAULT_RUN_OPTIONS, StepOptions, check_run_options, tool_options
 from durable._outputs import OutputCodec, output_as_value, output_from_value
 from durable._sdk import DurableModel, check_sdk_version
 from durable._toolsets import RestateDynamicToolset, RestateMCPToolset
-
-_RETRY_FIELDS = frozenset(
-    {
-        "max_attempts",
-        "max_duration",
-        "initial_retry_interval",
-        "max_retry_interval",
-        "retry_interval_factor",
-    }
-)
-_TOOL_FIELDS = frozenset({"timeout", "name", "at_most_once"})
 
 _live_model: ContextVar[Model | None] = ContextVar("durable.live_model", default=None)
 """The model instance of the request that is being made."""
@@ -162,7 +146,7 @@ class RestateDurability(BaseDurabilityCapability[AgentDepsT]):
             "event_run_options": event_run_options,
             "capability_run_options": capability_run_options,
         }
-        _check_run_options(options)
+        check_run_options(options)
         self._step_options = {
             role: StepOptions(run=given or DEFAULT_RUN_OPTIONS) for role, given in options.items()
         }
@@ -369,53 +353,3 @@ class RestateDurability(BaseDurabilityCapability[AgentDepsT]):
         kind: ToolsetKind = getattr(operation_id, "toolset_kind", "mcp")
         base = self._step_options["mcp_run_options" if kind == "mcp" else "tool_run_options"]
         return tool_options(cast("ToolsetTool[Any] | None", tool), tool_name, base=base)
-
-
-def tool_options(
-    tool: ToolsetTool[Any] | None, tool_name: str, *, base: StepOptions
-) -> StepOptions | Literal[False]:
-    """Merge a tool's `metadata={"restate": ...}` into the options of its role.
-
-    Returns:
-        The options, or `False` for a tool that runs in handler code.
-
-    Raises:
-        UserError: When the metadata is neither `False` nor a dict of known options.
-    """
-    own: object = (tool.tool_def.metadata or {}).get("restate") if tool is not None else None
-    if own is None:
-        return base
-    if own is False:
-        return False
-    if not isinstance(own, dict):
-        raise UserError(
-            f'Tool {tool_name!r}: `metadata["restate"]` is a dict of options or `False`, '
-            f"not {type(own).__name__}."
-        )
-    given = cast("dict[str, Any]", own)
-    if unknown := sorted(given.keys() - _RETRY_FIELDS - _TOOL_FIELDS):
-        raise UserError(
-            f'Tool {tool_name!r}: unknown options in `metadata["restate"]`: {", ".join(unknown)}. '
-            f"Known are {', '.join(sorted(_RETRY_FIELDS | _TOOL_FIELDS))}."
-        )
-    retries = {key: value for key, value in given.items() if key in _RETRY_FIELDS}
-    own_options = {key: value for key, value in given.items() if key in _TOOL_FIELDS}
-    return replace(base, run=replace(base.run, **retries), **own_options)
-
-
-def _check_run_options(options: Mapping[str, RunOptions[Any] | None]) -> None:
-    """Reject what would be ignored, all of it in one message."""
-    defaults = RunOptions[Any]()
-    faults = [
-        f"`{key}` sets `{field.name}`"
-        for key, value in options.items()
-        if value is not None
-        for field in fields(value)
-        if field.name not in _RETRY_FIELDS
-        and getattr(value, field.name) is not getattr(defaults, field.name)
-    ]
-    if faults:
-        raise UserError(
-            f"{'; '.join(faults)}: only retries can be set ({', '.join(sorted(_RETRY_FIELDS))}); "
-            "results are stored as PydanticAI encodes them."
-        )

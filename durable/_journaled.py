@@ -11,7 +11,8 @@ from pydantic_ai.exceptions import UserError
 
 from durable._context import current_invocation
 from durable._names import own_step
-from durable._operation_backend import StepOptions, run_step
+from durable._operation_backend import run_step
+from durable._options import StepOptions
 
 P = ParamSpec("P")
 T = TypeVar("T")

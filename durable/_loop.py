@@ -22,7 +22,7 @@ import asyncio
 import logging
 import sys
 from asyncio import events
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import contextmanager
 from contextvars import Context
@@ -31,10 +31,15 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from pydantic_ai.exceptions import UserError
 
+from durable._sdk import redeliver_cancellation
+
 T = TypeVar("T")
 
 _CLOSE_ROUNDS = 10
 """How often a task that waits again while it ends is told so before it is given up."""
+
+_REDELIVERIES = 10
+"""How often anyio may deliver a scope's cancellation between two completions."""
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +94,8 @@ class HandlerLoop(asyncio.AbstractEventLoop):
         self._host = host
         self._attempt = attempt
         self._ready: deque[asyncio.Handle] = deque()
+        self._parked: list[asyncio.Handle] = []
+        self._redeliveries: Counter[int] = Counter()
         self._now = 0.0
         self._closed = False
         self._created = 0
@@ -99,6 +106,9 @@ class HandlerLoop(asyncio.AbstractEventLoop):
 
     def run_ready(self) -> None:
         """Run callbacks until every task waits for a durable operation. Call it on the host loop."""
+        self._ready.extend(self._parked)
+        self._parked.clear()
+        self._redeliveries.clear()
         with self._entered():
             self._run_all()
 
@@ -168,8 +178,19 @@ class HandlerLoop(asyncio.AbstractEventLoop):
     def call_soon(
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> asyncio.Handle:
-        """Queue `callback`."""
+        """Queue `callback`.
+
+        anyio delivers a cancellation again in each turn of the loop until all tasks of the scope have
+        ended, which may take a durable operation (in a shielded scope). After a few turns it waits
+        for the next completion, so that the queue runs empty.
+        """
         handle = asyncio.Handle(callback, args, self, context)
+        if getattr(callback, "__func__", None) is redeliver_cancellation:
+            scope = id(getattr(callback, "__self__", None))
+            self._redeliveries[scope] += 1
+            if self._redeliveries[scope] > _REDELIVERIES:
+                self._parked.append(handle)
+                return handle
         self._ready.append(handle)
         return handle
 

@@ -11,8 +11,8 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
@@ -26,45 +26,21 @@ from pydantic_ai.exceptions import ToolFailed, UserError
 from pydantic_ai.tools import RunContext
 from pydantic_ai.usage import RunUsage
 from pydantic_core import PydanticSerializationError, from_json, to_json
-from restate import RunOptions, TerminalError
+from restate import TerminalError
 from restate.serde import BytesSerde
 
 from durable._context import current_invocation
 from durable._errors import describe, not_serializable, original_error, step_failure
 from durable._identity import current_run_clock
 from durable._names import declaration, renamed
+from durable._options import StepOptions
 
 ParamsT = TypeVar("ParamsT")
 WireT = TypeVar("WireT")
 ResultT = TypeVar("ResultT")
 
-DEFAULT_RUN_OPTIONS = RunOptions[Any](
-    max_duration=timedelta(minutes=10),
-    initial_retry_interval=timedelta(milliseconds=500),
-    max_retry_interval=timedelta(seconds=30),
-    retry_interval_factor=2.0,
-)
-"""Retries of a step unless options say otherwise: with growing pauses, for ten minutes at most."""
-
 _BYTES = BytesSerde()
 _USAGE = TypeAdapter(RunUsage)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepOptions:
-    """How a step is executed."""
-
-    run: RunOptions[Any] = field(default_factory=lambda: DEFAULT_RUN_OPTIONS)
-    """Retries, as `ctx.run` takes them."""
-
-    timeout: float | None = None
-    """Seconds that one try may take; then it is cancelled and counts as failed."""
-
-    name: str | None = None
-    """Stands in for the tool's name in the step's name."""
-
-    at_most_once: bool = False
-    """Declare the step in the journal before it begins, and never begin it twice."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The one door to private names of restate-sdk, pydantic-ai and asyncio.
+"""The one door to private names of restate-sdk, pydantic-ai, anyio and asyncio.
 
 Everything undocumented that this project touches is imported here and nowhere else
 (`tests/unit/test_conventions.py` checks it), for the pinned ranges in `pyproject.toml`. What is used
@@ -12,13 +12,14 @@ without an import is listed here too, so that a new release is a matter of this 
 - `asyncio.Handle._run`, `asyncio.Task._fut_waiter`, `asyncio.events._set_running_loop`, `asyncio._enter_task` and `_leave_task`,
   used by `durable._loop` as event loops outside the standard library do
 
-Verified with restate-sdk 1.3.0 and pydantic-ai 2.68.0 on 2026-11-23.
+Verified with restate-sdk 1.3.0, pydantic-ai 2.68.0 and anyio 4.16.0 on 2026-11-23.
 """
 
 from collections.abc import Awaitable, Callable
 from importlib import metadata
 from typing import Any, cast
 
+from anyio._backends._asyncio import CancelScope
 from pydantic_ai import _utils as _pydantic_ai_utils
 from pydantic_ai.durable_exec._toolset import (
     DurableDynamicToolset,
@@ -63,6 +64,9 @@ def check_sdk_version() -> None:
         )
 
 
+redeliver_cancellation = CancelScope._deliver_cancellation  # pyright: ignore[reportPrivateUsage]
+"""What anyio calls in each turn of an event loop while a cancelled scope has tasks."""
+
 VMException: type[Exception] = cast(Any, _VMException)
 """What the SDK's core raises when an attempt cannot go on."""
 
@@ -95,4 +99,5 @@ __all__ = [
     "disable_threads",
     "handler_from_callable",
     "process_invocation_to_completion",
+    "redeliver_cancellation",
 ]

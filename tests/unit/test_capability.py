@@ -14,9 +14,8 @@ from pydantic_ai.usage import RunUsage
 from restate.serde import BytesSerde
 
 import durable
-from durable._capability import tool_options
 from durable._context import current_invocation
-from durable._operation_backend import StepOptions
+from durable._options import StepOptions, tool_options
 
 BASE = StepOptions(run=durable.DEFAULT_RUN_OPTIONS)
 

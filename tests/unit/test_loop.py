@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Coroutine
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import pytest
 from pydantic_ai.exceptions import UserError
@@ -171,6 +172,28 @@ async def test_closing_ends_what_waits_without_error_handling(loop: HandlerLoop)
     assert task.done()
     assert seen == ["generator", "inner", "outer"]
     assert loop.is_closed()
+
+
+async def test_a_cancelled_scope_waits_for_what_it_shields(loop: HandlerLoop) -> None:
+    """anyio repeats a cancellation in each turn of the loop: that must not keep the loop from waiting."""
+    durable_operation = loop.create_future()
+
+    async def compensate() -> None:
+        with anyio.CancelScope(shield=True):
+            await durable_operation
+
+    async def run() -> str:
+        async with anyio.create_task_group() as group:
+            group.start_soon(compensate)
+            await anyio.lowlevel.checkpoint()
+            group.cancel_scope.cancel()
+        return "ended"
+
+    task = start(loop, run())  # returns although the group has not ended
+    assert not task.done()
+    durable_operation.set_result(None)
+    loop.run_ready()
+    assert task.result() == "ended"
 
 
 async def test_sets_of_tasks_have_one_order(loop: HandlerLoop) -> None:
