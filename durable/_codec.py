@@ -6,11 +6,19 @@ text of them, or fail.
 
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 from pydantic_ai.durable_exec import JSON_CODEC, DurabilityCodec
 
 _CONFIG = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
+
+
+class JournalDecodeError(RuntimeError):
+    """A stored result does not fit the type that the code expects now.
+
+    The run waits for code that fits: Restate retries and then pauses it, nothing is executed again. It is
+    not a `ValidationError`, which PydanticAI would take for a mistake of the model.
+    """
 
 
 class ResultCodec(DurabilityCodec):
@@ -28,8 +36,19 @@ class ResultCodec(DurabilityCodec):
         return adapter.dump_python(value, mode="json")
 
     def load(self, tp: Any, payload: Any) -> Any:
-        """Rebuild what `dump` was given."""
-        return JSON_CODEC.load(tp, payload)
+        """Rebuild what `dump` was given.
+
+        Raises:
+            JournalDecodeError: When the type has changed since.
+        """
+        try:
+            return JSON_CODEC.load(tp, payload)
+        except ValidationError as error:
+            fields = ", ".join(sorted({".".join(map(str, e["loc"])) for e in error.errors()}))
+            raise JournalDecodeError(
+                f"A result in the journal does not fit `{error.title}` any more (at {fields}). Register the "
+                "version of the code that stored it as a deployment of its own, or make the type accept it."
+            ) from None
 
 
 def _adapter(tp: Any) -> TypeAdapter[Any]:

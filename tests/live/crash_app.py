@@ -8,6 +8,7 @@ import restate
 from pydantic_ai import Agent, RunContext
 from pydantic_ai.messages import ModelMessage, ModelResponse, TextPart, ToolCallPart
 from pydantic_ai.models.function import AgentInfo, FunctionModel
+from pydantic_ai.models.test import TestModel
 
 import durable
 
@@ -69,6 +70,24 @@ service = restate.Service("Crash")
 async def run(ctx: restate.Context) -> str:
     """Run the agent once."""
     return (await agent.run("go")).output
+
+
+payer = Agent(TestModel(), name="payer", capabilities=[durable.RestateDurability()])
+
+
+@payer.tool(metadata={"restate": {"at_most_once": True}})
+async def pay(ctx: RunContext) -> str:
+    """Pay, and be killed before saying so."""
+    trace("begin", ctx.run_id, "pay")
+    await asyncio.sleep(float(os.environ.get("CRASH_PAY_SECONDS", "0")))
+    trace("end", ctx.run_id, "pay")
+    return "paid"
+
+
+@service.handler()
+async def pay_once(ctx: restate.Context) -> str:
+    """Run the agent that pays."""
+    return (await payer.run("go")).output
 
 
 app = durable.app([service])

@@ -133,3 +133,24 @@ async def test_an_idempotency_key_executes_once(tmp_path: Path) -> None:
         assert first.json() == second.json() == EXPECTED
     lines = (tmp_path / "trace").read_text().splitlines()
     assert len([line for line in lines if line.endswith("begin")]) == STEPS
+
+
+async def test_an_at_most_once_tool_is_not_begun_again(tmp_path: Path) -> None:
+    """Killed in the middle of the call: it is not repeated, and the model is told why."""
+    trace = tmp_path / "trace"
+    env = {"CRASH_TRACE": str(trace), "CRASH_PAY_SECONDS": "30"}
+    async with (
+        RestateServer() as server,
+        Worker("tests.live.crash_app:app", env=env, log_file=tmp_path / "log") as worker,
+        httpx2.AsyncClient(base_url=server.ingress_url, timeout=60, trust_env=False) as http,
+    ):
+        await server.register(worker.url)
+        call = asyncio.create_task(http.post("/Crash/pay_once"))
+        async with asyncio.timeout(20):
+            while not trace.exists():  # noqa: ASYNC110 - another process writes it
+                await asyncio.sleep(0.05)
+        worker.kill()
+        await worker.start()
+        answer = await call
+        assert "its outcome is unknown" in answer.json()
+    assert [line.split()[2:] for line in trace.read_text().splitlines()] == [["pay", "begin"]]
