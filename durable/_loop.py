@@ -26,12 +26,12 @@ from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import contextmanager
 from contextvars import Context
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 from pydantic_ai.exceptions import UserError
 
-from durable._sdk import redeliver_cancellation
+from durable._sdk import CancelScope, redeliver_cancellation
 
 T = TypeVar("T")
 
@@ -69,6 +69,32 @@ class _HandlerTask(asyncio.Task[T]):
         return self._number
 
 
+class _InOrder(dict[CancelScope, None]):
+    """A set of cancel scopes that is iterated in the order of insertion."""
+
+    def add(self, scope: CancelScope) -> None:
+        self[scope] = None
+
+    def remove(self, scope: CancelScope) -> None:
+        del self[scope]
+
+    def discard(self, scope: CancelScope) -> None:
+        self.pop(scope, None)
+
+
+_init_scope = CancelScope.__init__
+
+
+def _init_scope_in_order(self: CancelScope, *args: Any, **kwargs: Any) -> None:
+    """Keep the child scopes of a scope in handler code in order: anyio cancels them one by one."""
+    _init_scope(self, *args, **kwargs)
+    if isinstance(events._get_running_loop(), HandlerLoop):
+        cast(Any, self)._child_scopes = _InOrder()
+
+
+CancelScope.__init__ = _init_scope_in_order
+
+
 class Attempt(Protocol):
     """What the loop asks of the attempt that it runs handler code for."""
 
@@ -95,7 +121,7 @@ class HandlerLoop(asyncio.AbstractEventLoop):
         self._attempt = attempt
         self._ready: deque[asyncio.Handle] = deque()
         self._parked: list[asyncio.Handle] = []
-        self._redeliveries: Counter[int] = Counter()
+        self._redeliveries: Counter[object] = Counter()
         self._now = 0.0
         self._closed = False
         self._created = 0
@@ -186,7 +212,7 @@ class HandlerLoop(asyncio.AbstractEventLoop):
         """
         handle = asyncio.Handle(callback, args, self, context)
         if getattr(callback, "__func__", None) is redeliver_cancellation:
-            scope = id(getattr(callback, "__self__", None))
+            scope: object = getattr(callback, "__self__", None)
             self._redeliveries[scope] += 1
             if self._redeliveries[scope] > _REDELIVERIES:
                 self._parked.append(handle)

@@ -78,6 +78,7 @@ disable_threads = _pydantic_ai_utils._disable_threads  # pyright: ignore[reportP
 
 __all__ = [
     "AllCompletedUnresolvedFuture",
+    "CancelScope",
     "DisconnectedException",
     "DoProgressAnyCompleted",
     "DoProgressCancelSignalReceived",
