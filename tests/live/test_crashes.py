@@ -1,7 +1,6 @@
 """Workers and servers are killed; what was completed before is not done again."""
 
 import asyncio
-import json
 import random
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -12,36 +11,11 @@ import pytest
 from durable.server import RestateServer
 from durable.worker import Worker
 from tests.live.crash_app import ROUNDS, STEPS
+from tests.live.tracing import Step, completed_steps
 
 pytestmark = pytest.mark.live
 
-Step = tuple[str, str]
-"""The invocation and the name of a step in it."""
-
 EXPECTED = " ".join(name for names in ROUNDS for name in names)
-
-
-async def completed_steps(server: RestateServer) -> set[Step]:
-    """Return the steps whose completion is in the journal."""
-    rows = await server.query(
-        "SELECT id, name, entry_lite_json FROM sys_journal WHERE entry_type IN "
-        "('Command: Run', 'Notification: Run') ORDER BY id, index"
-    )
-    names: dict[tuple[str, int], str] = {}
-    requests: Counter[str] = Counter()
-    completed: set[Step] = set()
-    for row in rows:
-        entry = json.loads(row["entry_lite_json"])
-        if "Command" in entry:
-            name = row["name"].split("__")[-1].split(":")[-1]
-            if name == "model.request":
-                name = f"model.request.{requests[row['id']]}"
-                requests[row["id"]] += 1
-            names[row["id"], entry["Command"]["Run"]["completion_id"]] = name
-        else:
-            completion = entry["Notification"]["id"]["CompletionId"]
-            completed.add((row["id"], names[row["id"], completion]))
-    return completed
 
 
 async def test_completed_steps_are_not_done_again(tmp_path: Path) -> None:
