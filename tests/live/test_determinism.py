@@ -371,7 +371,7 @@ async def test_programs_survive_kills(tmp_path: Path) -> None:
         async with asyncio.TaskGroup() as group:
             for n in range(len(batch)):
                 group.create_task(run(n))
-            for _ in range(max(2, len(batch) // 60)):
+            for _ in range(max(3, len(batch) // 60)):
                 await asyncio.sleep(chance.uniform(0.2, 0.6))
                 worker.kill()
                 pid = worker.pid
