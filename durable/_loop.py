@@ -62,11 +62,15 @@ class _HandlerTask(asyncio.Task[T]):
     def __init__(
         self, coro: Coroutine[Any, Any, T] | Generator[Any, None, T], *, number: int, **options: Any
     ) -> None:
-        self._number = number  # before asyncio puts the task into a set of its own
+        # asyncio registers the task in a set for the whole process: by address, because there the numbers
+        # of many loops would collide
         super().__init__(coro, **options)
+        self._number = number
+
+    _number = 0
 
     def __hash__(self) -> int:
-        return self._number
+        return self._number or object.__hash__(self)
 
 
 class _InOrder(dict[CancelScope, None]):
