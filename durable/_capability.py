@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Literal, cast
 
 from pydantic_ai.agent import AbstractAgent, EventStreamHandler
 from pydantic_ai.capabilities import (
+    AgentNode,
+    NodeResult,
     WrapModelRequestHandler,
     WrapOutputProcessHandler,
     WrapRunHandler,
@@ -33,6 +35,7 @@ from pydantic_ai.output import OutputContext
 from pydantic_ai.run import AgentRunResult
 from pydantic_ai.tools import AgentDepsT, RunContext
 from pydantic_ai.toolsets import AbstractToolset, DynamicToolset, ToolsetTool
+from pydantic_graph import End
 from restate import RunOptions
 
 from durable._codec import ResultCodec
@@ -45,6 +48,7 @@ from durable._operation_backend import RestateOperationBackend, current_step, ru
 from durable._options import DEFAULT_RUN_OPTIONS, StepOptions, check_run_options, tool_options
 from durable._outputs import OutputCodec, output_as_value, output_from_value
 from durable._sdk import DurableModel, check_sdk_version
+from durable._steering import Inbox
 from durable._toolsets import RestateDynamicToolset, RestateMCPToolset
 
 _live_model: ContextVar[Model | None] = ContextVar("durable.live_model", default=None)
@@ -197,7 +201,7 @@ class RestateDurability(BaseDurabilityCapability[AgentDepsT]):
             return await handler()
         self._check_name(invocation)
         assert ctx.run_id is not None
-        clock = RunClock(ctx.run_id)
+        clock = RunClock(ctx.run_id, parent=current_run_clock.get())
         clock.leave_alone(ctx.messages)
         current_run_clock.set(clock)
         try:
@@ -205,6 +209,8 @@ class RestateDurability(BaseDurabilityCapability[AgentDepsT]):
         except Exception:
             clock.stamp(ctx.messages, clock.now)
             raise
+        finally:
+            clock.ended = True
         clock.stamp(result.all_messages(), clock.now)
         return result
 
@@ -234,6 +240,36 @@ class RestateDurability(BaseDurabilityCapability[AgentDepsT]):
         )
         clock.stamp(ctx.messages, before or clock.started)
         return response
+
+    # Steering: messages from outside are taken where the next operation is decided
+
+    async def before_model_request(
+        self, ctx: RunContext[AgentDepsT], request_context: ModelRequestContext
+    ) -> ModelRequestContext:
+        """Give the model what `durable.agent_run` brought meanwhile."""
+        await self._take_messages(ctx)
+        return await super().before_model_request(ctx, request_context)
+
+    async def after_node_run(
+        self,
+        ctx: RunContext[AgentDepsT],
+        *,
+        node: "AgentNode[AgentDepsT]",
+        result: "NodeResult[AgentDepsT]",
+    ) -> "NodeResult[AgentDepsT]":
+        """Go on with the run when a message came with the last response."""
+        if isinstance(result, End):
+            await self._take_messages(ctx)
+        return await super().after_node_run(ctx, node=node, result=result)
+
+    async def _take_messages(self, ctx: RunContext[AgentDepsT]) -> None:
+        invocation, clock = current_invocation(), current_run_clock.get()
+        if invocation is None or clock is None or not clock.outermost:
+            return
+        invocation.inbox = invocation.inbox or Inbox(invocation.context)
+        for message in await invocation.inbox.take():
+            content = [message.content] if isinstance(message.content, str) else message.content
+            ctx.enqueue(*content, priority=message.priority)
 
     # Outputs: a function that takes the output is called once
 

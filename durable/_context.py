@@ -22,6 +22,7 @@ from restate import Context, TerminalError
 from restate.extensions import current_context
 
 from durable._sdk import disable_threads
+from durable._steering import Inbox
 
 
 @dataclass(kw_only=True)
@@ -45,6 +46,9 @@ class Invocation:
 
     agents: dict[str, object] = field(default_factory=dict[str, object])
     """The capability of each agent that ran, by the agent's name."""
+
+    inbox: Inbox | None = None
+    """Messages from outside, from the first model request on."""
 
     def observe(self, began: float, ended: float) -> None:
         """Take in the journaled times of a completed step, in seconds since the epoch."""

@@ -26,7 +26,17 @@ class RunClock:
     now: datetime | None = None
     """When the body of the run's latest step ended."""
 
+    parent: "RunClock | None" = None
+    """The clock of the run in which this one was started, such as that of a delegating agent."""
+
+    ended: bool = False
+
     _stamped: dict[int, Any] = field(default_factory=dict[int, Any])
+
+    @property
+    def outermost(self) -> bool:
+        """Whether this run was started by the handler itself, not by another run."""
+        return self.parent is None or self.parent.ended
 
     def observe(self, began: float, ended: float) -> None:
         """Take in the journaled times of a step, in seconds since the epoch."""

@@ -19,6 +19,11 @@ def output_function(agent: str, function: str | None) -> str:
     return f"{agent}__output_function:{function or 'output'}"
 
 
+def steering_signal(number: int) -> str:
+    """Name the signal that carries a message to the runs of an invocation."""
+    return f"agent_run.steer:{number}"
+
+
 def own_step(function: str) -> str:
     """Name the step of a function decorated with `durable.step`."""
     return f"step:{function}"
