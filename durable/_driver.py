@@ -31,7 +31,7 @@ from pydantic_ai.exceptions import UserError
 from restate import TerminalError
 from restate.exceptions import SdkInternalException, SuspendedException
 
-from durable._loop import AttemptOver, HandlerLoop
+from durable._loop import AttemptOver, HandlerLoop, sleeping
 from durable._names import TIMER
 from durable._sdk import (
     AllCompletedUnresolvedFuture,
@@ -209,13 +209,14 @@ class Driver:
         return all_or_any(map(self._is_complete, unresolved.children))
 
     def _cancel(self, root: asyncio.Task[Any]) -> None:
-        """Tell every task that waits; a handler that only sleeps is cancelled as a whole."""
+        """Tell every task that waits for a durable operation or sleeps; with none, the handler as a whole."""
         self._cancelled = True
-        if not self._waiters:
+        sleepers = [future for timer in self._timers.values() for future in sleeping(timer)]
+        waiting = [future for future in (*self._waiters, *sleepers) if not future.done()]
+        for future in waiting:
+            future.set_exception(InvocationCancelled())
+        if not waiting:
             root.cancel()
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_exception(InvocationCancelled())
 
     async def _receive(self) -> None:
         """Wait for a message of the server or the end of a step."""

@@ -9,7 +9,7 @@ which is nothing but a first-in-first-out queue of callbacks.
 function of the callbacks themselves.** The queue is first-in-first-out, nothing but handler code and
 the driver puts anything into it, and there is no other source of events: the clock stands still
 between completions, timers are durable sleeps, sets of tasks (asyncio cancels in their order) do not
-depend on addresses, and whatever would bring in the outside world (threads, sockets, signals) raises.
+depend on addresses, `asyncio.as_completed` starts coroutines in the order it was given them, and whatever would bring in the outside world (threads, sockets, signals) raises.
 "Every task waits for a durable operation" is exactly "the queue is empty".
 
 What stays with the author of handler code: sets of other objects, whose order depends on addresses or
@@ -23,7 +23,7 @@ import logging
 import sys
 from asyncio import events
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import Context
 from typing import Any, NoReturn, Protocol, TypeVar, cast
@@ -31,7 +31,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from pydantic_ai.exceptions import UserError
 
-from durable._sdk import CancelScope, redeliver_cancellation
+from durable._sdk import CancelScope, end_sleep, redeliver_cancellation
 
 T = TypeVar("T")
 
@@ -97,6 +97,26 @@ def _init_scope_in_order(self: CancelScope, *args: Any, **kwargs: Any) -> None:
 
 
 CancelScope.__init__ = _init_scope_in_order
+
+
+def sleeping(timer: asyncio.TimerHandle) -> list[asyncio.Future[Any]]:
+    """Return the future that an `asyncio.sleep` behind `timer` waits for, or none for other timers."""
+    if getattr(timer, "_callback", None) is not end_sleep:
+        return []
+    return [cast("tuple[asyncio.Future[Any], Any]", getattr(timer, "_args"))[0]]  # noqa: B009
+
+
+_as_completed = asyncio.as_completed
+
+
+def _as_completed_in_order(fs: Iterable[Any], *, timeout: float | None = None) -> Iterator[Any]:
+    """Make the tasks in the order of `fs`: asyncio would make them in the order of a set of coroutines."""
+    if isinstance(events._get_running_loop(), HandlerLoop):
+        fs = [asyncio.ensure_future(future) for future in fs]
+    return _as_completed(fs, timeout=timeout)
+
+
+asyncio.as_completed = asyncio.tasks.as_completed = _as_completed_in_order
 
 
 class Attempt(Protocol):

@@ -8,7 +8,6 @@ and `"usage"` where the body ran other agents on the run's account.
 """
 
 import asyncio
-import os
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -142,8 +141,8 @@ def _stored(result: object, began: float, step: Step, name: str) -> bytes:
         raise step_failure(not_serializable(error), name) from error
 
 
-_WORKER = os.urandom(16).hex()
-_begun: set[str] = set()
+_declared: set[str] = set()
+"""The keys of at-most-once steps that this process has declared and not begun."""
 
 
 async def _declare(
@@ -151,22 +150,23 @@ async def _declare(
 ) -> Callable[[], Awaitable[object]]:
     """Journal that `step` is about to begin, and return a body that begins at most once.
 
-    The declaration holds which process made it. A later try in that process knows from memory whether
-    the body has begun. In another process nobody can know, so it does not begin.
+    The process that declared it knows whether it has begun. In another process nobody can know, so it
+    does not begin.
     """
 
-    async def worker() -> object:
-        return _WORKER
+    async def declare() -> None:
+        _declared.add(step.key)
 
-    declared = await run_step(declaration(name), worker, StepOptions())
+    await run_step(declaration(name), declare, StepOptions())
 
     async def at_most_once() -> object:
-        if declared != _WORKER or step.key in _begun:
+        if step.key not in _declared:
             raise ToolFailed(
-                "The worker was lost during this call, so its outcome is unknown: it may or may not have "
-                "had its effect. It is not repeated. Check the outcome before you try again."
+                "The call was begun, and then the worker was lost or the call's time was up, so its outcome "
+                "is unknown: it may or may not have had its effect. It is not repeated. Check the outcome "
+                "before you try again."
             )
-        _begun.add(step.key)
+        _declared.remove(step.key)
         try:
             return await body()
         except Exception as error:

@@ -7,6 +7,7 @@ close the generator when they are interrupted or cancelled, and closing it kills
 """
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -206,12 +207,21 @@ def why_not_free(port: int) -> str | None:
     return None
 
 
-def http_status(port: int, path: str) -> int | None:
-    """Return the status of `GET path` on this machine, `None` when nothing answers."""
+def http_status(port: int, path: str, body: object = None) -> int | None:
+    """Return the status of `path` on this machine, `None` when nothing answers.
+
+    Args:
+        port: The port on loopback.
+        path: What is asked for: by GET, or by POST with a `body`.
+        body: Sent as JSON.
+    """
     # http.client, because it ignores the proxies of the environment and needs no event loop
     connection = HTTPConnection(HOST, port, timeout=1)
     try:
-        connection.request("GET", path)
+        if body is None:
+            connection.request("GET", path)
+        else:
+            connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
         return connection.getresponse().status
     except (OSError, HTTPException):
         return None

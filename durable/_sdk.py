@@ -9,12 +9,15 @@ without an import is listed here too, so that a new release is a matter of this 
   invocation by `durable._driver`
 - `ReceiveChannel`'s interface, methods of `VMWrapper` and version 6 of the service protocol, which
   `durable.testing` speaks in the place of restate-server
-- `asyncio.Handle._run`, `asyncio.Task._fut_waiter`, `asyncio.events._set_running_loop`, `asyncio._enter_task` and `_leave_task`,
+- `asyncio.Handle._run`, `_callback` and `_args` of a `TimerHandle`, `asyncio.Task._fut_waiter`, `asyncio.events._set_running_loop`, `asyncio._enter_task` and `_leave_task`,
   used by `durable._loop` as event loops outside the standard library do
 
 Verified with restate-sdk 1.3.0, pydantic-ai 2.68.0 and anyio 4.16.0 on 2026-11-23.
 """
 
+from asyncio.futures import (
+    _set_result_unless_cancelled,  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
+)
 from collections.abc import Awaitable, Callable
 from importlib import metadata
 from typing import Any, cast
@@ -67,6 +70,9 @@ def check_sdk_version() -> None:
 redeliver_cancellation = CancelScope._deliver_cancellation  # pyright: ignore[reportPrivateUsage]
 """What anyio calls in each turn of an event loop while a cancelled scope has tasks."""
 
+end_sleep: Callable[..., None] = cast(Any, _set_result_unless_cancelled)
+"""What the timer behind `asyncio.sleep` calls."""
+
 VMException: type[Exception] = cast(Any, _VMException)
 """What the SDK's core raises when an attempt cannot go on."""
 
@@ -98,6 +104,7 @@ __all__ = [
     "VMWrapper",
     "check_sdk_version",
     "disable_threads",
+    "end_sleep",
     "handler_from_callable",
     "process_invocation_to_completion",
     "redeliver_cancellation",

@@ -8,6 +8,7 @@ the driver delivers, so a replay finds the same messages in the same places. A r
 pays nothing: waiting for a signal makes no journal entry.
 """
 
+import re
 from typing import Any, Literal, cast
 
 import restate
@@ -35,6 +36,8 @@ class _Letter(BaseModel):
     """The awakeable that is resolved when the run has taken the message."""
 
 
+_INVOCATION_ID = re.compile(r"inv_1[0-9A-Za-z]{33,}")
+_NOT_FOUND = 404
 _LETTER: Serde[_Letter] = PydanticJsonSerde(_Letter)
 
 
@@ -62,7 +65,11 @@ class Inbox:
         return messages
 
 
-agent_run = restate.VirtualObject("AgentRun")
+agent_run = restate.VirtualObject(
+    "AgentRun",
+    # an id that no server made fails in the core of the SDK, on every try
+    invocation_retry_policy=restate.InvocationRetryPolicy(max_attempts=10, on_max_attempts="kill"),
+)
 """Steers and stops agent runs from outside; host it with `durable.app([..., durable.agent_run])`.
 
 Its key is the invocation's id, which Restate returns for each call (`x-restate-id`, or `invocationId`
@@ -81,13 +88,21 @@ async def steer(ctx: ObjectSharedContext, message: SteeringMessage) -> None:
         TerminalError: 409 when the run ended before it could take the message, 404 when there is no such
             invocation.
     """
-    receipt, taken = ctx.awakeable(type_hint=type(None))
     invocation = ctx.key()
+    if not _INVOCATION_ID.fullmatch(invocation):
+        raise _no_such(invocation)
+    receipt, taken = ctx.awakeable(type_hint=type(None))
     number = await ctx.object_call(count, key=invocation, arg=None)
     letter = _Letter(message=message, receipt=receipt)
     ctx.resolve_signal(invocation, steering_signal(number), letter, serde=_LETTER)
     ended = ctx.attach_invocation(invocation, serde=BytesSerde())
-    if (await restate.select(taken=taken, ended=ended))[0] != "taken":
+    try:
+        first, _ = await restate.select(taken=taken, ended=ended)
+    except TerminalError as error:  # how the invocation ended, or that it cannot be found
+        if error.status_code == _NOT_FOUND:
+            raise _no_such(invocation) from error
+        first = "ended"
+    if first == "ended":
         raise TerminalError(
             f"The run of {invocation} ended before it could take the message: call the agent again, with "
             "the run's messages as `message_history`.",
@@ -105,5 +120,19 @@ async def count(ctx: ObjectContext) -> int:
 
 @agent_run.handler(kind="shared")
 async def stop(ctx: ObjectSharedContext) -> None:
-    """Cancel the invocation: its run ends with the messages kept."""
+    """Cancel the invocation: its run ends with the messages kept.
+
+    Raises:
+        TerminalError: 404 when the key is not the id of an invocation.
+    """
+    if not _INVOCATION_ID.fullmatch(ctx.key()):
+        raise _no_such(ctx.key())
     ctx.cancel_invocation(ctx.key())
+
+
+def _no_such(invocation: str) -> TerminalError:
+    return TerminalError(
+        f"There is no invocation {invocation!r}. The key of `AgentRun` is the id that Restate returned when "
+        "the agent was called.",
+        status_code=_NOT_FOUND,
+    )

@@ -250,6 +250,10 @@ class RestateServer:
             ready=lambda: (
                 http_status(self._ingress_port, "/restate/health") == 200
                 and http_status(self._admin_port, "/health") == 200
+                and http_status(
+                    self._admin_port, "/query", {"query": "SELECT count(*) FROM sys_invocation"}
+                )
+                == 200
             ),
             timeout=self._start_timeout,
             hint="Look at its log for the cause; a data directory serves one server at a time, and "

@@ -1,14 +1,16 @@
 """Hosting services in the test's own process, behind a real restate-server."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import httpx2
+import restate
 from hypercorn.asyncio import serve  # pyright: ignore[reportUnknownVariableType]
 from hypercorn.config import Config
+from pydantic_ai import Agent
 
 import durable
 from durable._process import free_ports
@@ -34,6 +36,14 @@ class Ingress:
         assert response.status_code == 200, response.text
         return response.json()
 
+    async def until(self, sql: str, fact: Callable[[list[dict[str, Any]]], bool]) -> None:
+        """Wait until `fact` holds for what the server answers to `sql`."""
+        async with asyncio.timeout(20):
+            while True:
+                if fact(await self.server.query(sql)):
+                    return
+                await asyncio.sleep(0.05)
+
     async def steps(self, service: str) -> list[str]:
         """Return the names of the steps in the journal of the last invocation of `service`."""
         newest = await self.invocation(service)
@@ -43,6 +53,10 @@ class Ingress:
         )
         return [row["name"] for row in rows]
 
+    async def retries(self, service: str) -> int:
+        """Return how often the last invocation of `service` was retried."""
+        return (await self.invocation(service)).get("retry_count", 0)
+
     async def invocation(self, service: str) -> dict[str, Any]:
         """Return the last invocation of `service`; what is null is left out."""
         rows = await self.server.query(
@@ -50,6 +64,26 @@ class Ingress:
             f"WHERE target_service_name = '{service}' ORDER BY created_at DESC LIMIT 1"
         )
         return rows[0]
+
+
+def agent_service(name: str, agent: Agent[None, Any]) -> restate.Service:
+    """A service whose handler `run` runs the agent, and ends with a step.
+
+    That step makes always-replay mode replay the whole run.
+    """
+    service = restate.Service(name)
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> Any:
+        output = (await agent.run("go")).output
+        await ctx.run_typed("after", after)
+        return output
+
+    return service
+
+
+async def after() -> None:
+    """A last step, so that always-replay mode replays everything before it."""
 
 
 @asynccontextmanager
@@ -68,6 +102,7 @@ async def serving(app: Any) -> AsyncGenerator[str]:
     (port,) = free_ports(1)
     config.bind = [f"127.0.0.1:{port}"]
     config.h2_max_concurrent_streams = 2**31 - 1
+    config.keep_alive_max_requests = 2**31 - 1  # hypercorn drops what comes after 1,000
     config.loglevel = "ERROR"
     stop = asyncio.Event()
     task = asyncio.create_task(serve(app, config, shutdown_trigger=stop.wait))

@@ -229,3 +229,19 @@ async def test_the_host_loop_is_untouched(loop: HandlerLoop) -> None:
     handler = start(loop, run())
     assert handler.result() == (loop, handler)
     assert (asyncio.get_running_loop(), asyncio.current_task()) == (host, task)
+
+
+async def test_as_completed_starts_coroutines_in_order(loop: HandlerLoop) -> None:
+    """asyncio makes their tasks from a set, in the order of their addresses."""
+
+    async def run() -> list[int]:
+        started: list[int] = []
+
+        async def branch(number: int) -> None:
+            started.append(number)
+
+        for finished in asyncio.as_completed([branch(number) for number in range(50)]):
+            await finished
+        return started
+
+    assert start(loop, run()).result() == list(range(50))
