@@ -25,7 +25,6 @@ from restate.ext.pydantic import RestateAgent
 
 import durable
 
-
 WAIT = 0.0
 """Seconds that the no-op engine waits after each operation, as one that stores the result would."""
 

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from durable.server import RestateServer, ServerError
+from durable.server import RestateServer
 from durable.worker import Worker
 from tests.live import program_app as p
 from tests.live.hosting import hosted
@@ -205,12 +205,7 @@ class Bench:
     async def _start(self) -> None:
         self._ingress = await self._stack.enter_async_context(hosted(self._server, p.programs))
         await self._ingress.call("Programs/run", request("warm-up", p.Spin()))
-        async with asyncio.timeout(30):
-            while True:  # a server that has just become healthy may not answer queries yet
-                try:
-                    return await settled(self._server)
-                except ServerError:
-                    await asyncio.sleep(0.1)
+        await settled(self._server)
 
     def check(self, batch: list[Any]) -> None:
         """Run the programs of `batch` at once and check all that is promised."""

@@ -65,6 +65,7 @@ def test_names_of_our_own() -> None:
     assert _names.declaration(TOOL) == f"{TOOL}.declared"
     assert _names.renamed(TOOL, "v2") == "a__function_toolset__<agent>.call_tool:v2"
     assert _names.TIMER == "timer"
+    assert _names.steering_signal(0) == "agent_run.steer:0"
 
 
 @pytest.mark.parametrize(
@@ -86,6 +87,7 @@ def test_names_of_our_own() -> None:
         "step:{function}",
         ".declared",
         "`timer`",
+        "`agent_run.steer:{number}`",
     ],
 )
 def test_the_readme_lists_them(name: str) -> None:
