@@ -14,11 +14,6 @@ from pydantic_ai import Agent, ModelRetry, RunContext
 from pydantic_ai.exceptions import RunCancelled
 from pydantic_ai.messages import (
     ModelMessage,
-    ModelRequest,
-    ModelResponse,
-    TextPart,
-    ToolCallPart,
-    ToolReturnPart,
 )
 from pydantic_ai.models.function import AgentInfo, DeltaToolCall, FunctionModel
 from pydantic_ai.models.openai import OpenAIChatModel
@@ -28,35 +23,11 @@ from pydantic_ai.toolsets import FunctionToolset
 
 import durable
 from durable.server import RestateServer
-from tests.live.hosting import Ingress, hosted, serving
+from tests.live.hosting import Ingress, agent_service, hosted, serving
 from tests.live.providers import Answer, provider
+from tests.live.scripted import calls, done
 
 pytestmark = pytest.mark.live
-
-
-def calls(*names: str) -> FunctionModel:
-    """A model that calls the tools `names` at once, then answers with what they returned."""
-
-    def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
-        done["model"] += 1
-        if names and len(messages) == 1:
-            return ModelResponse(
-                parts=[ToolCallPart(n, tool_call_id=f"{i}-{n}") for i, n in enumerate(names)]
-            )
-        last = messages[-1]
-        assert isinstance(last, ModelRequest)
-        returned = [str(part.content) for part in last.parts if isinstance(part, ToolReturnPart)]
-        return ModelResponse(parts=[TextPart(" ".join(returned) or "hello")])
-
-    return FunctionModel(respond)
-
-
-done: Counter[str] = Counter()
-
-
-@pytest.fixture(autouse=True)
-def _nothing_done() -> None:
-    done.clear()
 
 
 async def test_model_requests_and_tools_are_steps_done_once(server: RestateServer) -> None:
@@ -74,7 +45,7 @@ async def test_model_requests_and_tools_are_steps_done_once(server: RestateServe
         return (await agent.run(prompt)).output
 
     async with hosted(server, service) as ingress:
-        assert await ingress.call("Steps/run", "go") == "seen seen"
+        assert await ingress.call("Steps/run", "go") == "look=seen; look=seen"
         assert await ingress.steps("Steps") == [
             "one__model.request",
             "one__function_toolset__<agent>.call_tool:look",
@@ -130,7 +101,7 @@ async def test_an_agent_in_a_step_is_a_plain_agent(server: RestateServer) -> Non
         return (await inner.run("inside the handler's own step")).output
 
     async with hosted(server, service) as ingress:
-        assert await ingress.call("Nested/run") == "asked"
+        assert await ingress.call("Nested/run") == "ask=asked"
         assert await ingress.steps("Nested") == [
             "own step",
             "outer__model.request",
@@ -148,7 +119,7 @@ async def test_a_context_tool_runs_in_handler_code(server: RestateServer) -> Non
         name="outer",
         capabilities=[durable.RestateDurability()],
     )
-    service = restate.Service("ContextTool")
+    service = agent_service("ContextTool", agent)
 
     @agent.tool_plain(metadata={"restate": False})
     async def orchestrate() -> str:
@@ -161,21 +132,22 @@ async def test_a_context_tool_runs_in_handler_code(server: RestateServer) -> Non
         done["part"] += 1
         return "whole"
 
-    @service.handler()
-    async def run(ctx: restate.Context) -> str:
-        return (await agent.run("go")).output
-
     async with hosted(server, service) as ingress:
-        assert await ingress.call("ContextTool/run") == "whole whole"
+        assert await ingress.call("ContextTool/run") == "orchestrate=whole; orchestrate=whole"
         steps = await ingress.steps("ContextTool")
-        assert Counter(steps) == {"outer__model.request": 2, "inner__model.request": 2, "part": 2}
+        assert Counter(steps) == {
+            "outer__model.request": 2,
+            "inner__model.request": 2,
+            "part": 2,
+            "after": 1,
+        }
     assert done == {"model": 4, "part": 2}
 
 
 async def test_parallel_tools_run_in_parallel(server: RestateServer) -> None:
     """Eight tools meet at a barrier: that they all pass shows that all ran at the same time."""
     agent = Agent(calls(*["meet"] * 8), name="par", capabilities=[durable.RestateDurability()])
-    service = restate.Service("Parallel")
+    service = agent_service("Parallel", agent)
     barrier = asyncio.Barrier(8)
 
     @agent.tool_plain
@@ -185,12 +157,8 @@ async def test_parallel_tools_run_in_parallel(server: RestateServer) -> None:
         done["meet"] += 1
         return "met"
 
-    @service.handler()
-    async def run(ctx: restate.Context) -> str:
-        return (await agent.run("go")).output
-
     async with hosted(server, service) as ingress:
-        assert await ingress.call("Parallel/run") == " ".join(["met"] * 8)
+        assert await ingress.call("Parallel/run") == "; ".join(["meet=met"] * 8)
     assert done == {"model": 2, "meet": 8}
 
 
@@ -203,14 +171,14 @@ async def test_transparent_outside_a_handler() -> None:
         return "seen"
 
     result = await agent.run("go")
-    assert result.output == "seen"
+    assert result.output == "look=seen"
     assert ":" not in result.run_id
 
 
 async def test_sync_tools_run_in_threads(server: RestateServer) -> None:
     """A sync tool may block: it must not stop the worker."""
     agent = Agent(calls("block", "block"), name="sync", capabilities=[durable.RestateDurability()])
-    service = restate.Service("Sync")
+    service = agent_service("Sync", agent)
 
     @agent.tool_plain
     def block() -> str:
@@ -222,18 +190,14 @@ async def test_sync_tools_run_in_threads(server: RestateServer) -> None:
     def instructions() -> str:
         return "sync functions in handler code run inline"
 
-    @service.handler()
-    async def run(ctx: restate.Context) -> str:
-        return (await agent.run("go")).output
-
     async with hosted(server, service) as ingress:
-        assert await ingress.call("Sync/run") == "ok ok"
+        assert await ingress.call("Sync/run") == "block=ok; block=ok"
 
 
 async def test_dynamic_toolsets_are_journaled(server: RestateServer) -> None:
     """What a dynamic toolset offers is decided in a step, and its tools are steps."""
     agent = Agent(calls("look"), name="dyn", capabilities=[durable.RestateDurability()])
-    service = restate.Service("Dynamic")
+    service = agent_service("Dynamic", agent)
 
     @agent.toolset(id="later")
     def toolset(ctx: RunContext) -> FunctionToolset:
@@ -245,18 +209,15 @@ async def test_dynamic_toolsets_are_journaled(server: RestateServer) -> None:
 
         return FunctionToolset([look])
 
-    @service.handler()
-    async def run(ctx: restate.Context) -> str:
-        return (await agent.run("go")).output
-
     async with hosted(server, service) as ingress:
-        assert await ingress.call("Dynamic/run") == "seen"
+        assert await ingress.call("Dynamic/run") == "look=seen"
         assert await ingress.steps("Dynamic") == [
             "dyn__dynamic_toolset__later.get_tools",
             "dyn__model.request",
             "dyn__dynamic_toolset__later.call_tool:look",
             "dyn__dynamic_toolset__later.get_tools",
             "dyn__model.request",
+            "after",
         ]
     assert done["look"] == 1
 
@@ -284,15 +245,11 @@ async def test_events_are_handled_once(server: RestateServer) -> None:
         name="events",
         capabilities=[durable.RestateDurability(event_stream_handler=handle)],
     )
-    service = restate.Service("Events")
+    service = agent_service("Events", agent)
 
     @agent.tool_plain
     async def look() -> str:
         return "seen"
-
-    @service.handler()
-    async def run(ctx: restate.Context) -> str:
-        return (await agent.run("go")).output
 
     async with hosted(server, service) as ingress:
         assert await ingress.call("Events/run") == "all done"
@@ -320,7 +277,7 @@ async def test_toolsets_given_at_run_time_are_journaled(server: RestateServer) -
         return (await agent.run("go", toolsets=[FunctionToolset([look])])).output
 
     async with hosted(server, service) as ingress:
-        assert await ingress.call("RunTime/run") == "seen"
+        assert await ingress.call("RunTime/run") == "look=seen"
         assert (await ingress.steps("RunTime"))[1] == "late__function_toolset__late.call_tool:look"
         refused = await ingress.post("RunTime/without_id")
         assert refused.status_code == 500
@@ -516,11 +473,7 @@ async def test_a_changed_agent_is_told_what_to_do(
 async def test_a_handler_elsewhere_is_refused_at_once(server: RestateServer) -> None:
     """With `restate.app` steps could not run in parallel: the error says which line to change."""
     agent = Agent(calls(), name="elsewhere", capabilities=[durable.RestateDurability()])
-    service = restate.Service("Elsewhere")
-
-    @service.handler()
-    async def run(ctx: restate.Context) -> str:
-        return (await agent.run("go")).output
+    service = agent_service("Elsewhere", agent)
 
     async with serving(restate.app([service])) as url, httpx2.AsyncClient(trust_env=False) as http:
         await server.register(url)
@@ -533,12 +486,8 @@ async def test_a_handler_elsewhere_is_refused_at_once(server: RestateServer) -> 
 async def test_a_long_step_is_visible_while_it_runs(server: RestateServer) -> None:
     """The journal shows what a run is doing; only steps of a few milliseconds appear with their end."""
     agent = Agent(calls("think"), name="visible", capabilities=[durable.RestateDurability()])
-    service = restate.Service("Visible")
+    service = agent_service("Visible", agent)
     seen: list[str] = []
-
-    @service.handler()
-    async def run(ctx: restate.Context) -> str:
-        return (await agent.run("go")).output
 
     async with hosted(server, service) as ingress:
 
@@ -548,5 +497,5 @@ async def test_a_long_step_is_visible_while_it_runs(server: RestateServer) -> No
             seen.extend(await ingress.steps("Visible"))
             return "thought"
 
-        assert await ingress.call("Visible/run") == "thought"
+        assert await ingress.call("Visible/run") == "think=thought"
     assert seen[-1] == "visible__function_toolset__<agent>.call_tool:think"

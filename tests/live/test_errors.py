@@ -23,17 +23,12 @@ from pydantic_ai.usage import UsageLimits
 
 import durable
 from durable.server import RestateServer
-from tests.live.hosting import Ingress, hosted
+from tests.live.hosting import agent_service, hosted
 from tests.live.providers import Answer, provider
 
 pytestmark = pytest.mark.live
 
 FAST = restate.RunOptions[object](max_attempts=3, initial_retry_interval=timedelta(milliseconds=10))
-
-
-async def attempts(ingress: Ingress, service: str) -> int:
-    """How often the last invocation of `service` was retried."""
-    return (await ingress.invocation(service)).get("retry_count", 0)
 
 
 async def test_usage_limit_ends_at_once(server: RestateServer) -> None:
@@ -60,7 +55,7 @@ async def test_usage_limit_ends_at_once(server: RestateServer) -> None:
         response = await ingress.post("Limit/run")
         assert response.status_code == 429
         assert "UsageLimitExceeded" in response.json()["message"]
-        assert await attempts(ingress, "Limit") == 0
+        assert await ingress.retries("Limit") == 0
         assert await ingress.call("Limit/caught") == "UsageLimitExceeded"
 
 
@@ -111,11 +106,7 @@ async def test_rate_limit_waits_as_long_as_asked(server: RestateServer, date: bo
     limited = Answer("slow down", status=429, headers={"retry-after": after})
     with provider([limited, Answer("finally")]) as api:
         agent = Agent(api.model(), name="patient", capabilities=[durable.RestateDurability()])
-        service = restate.Service("Patient")
-
-        @service.handler()
-        async def run(ctx: restate.Context) -> str:
-            return (await agent.run("go")).output
+        service = agent_service("Patient", agent)
 
         async with hosted(server, service) as ingress:
             assert await ingress.call("Patient/run") == "finally"
@@ -206,15 +197,11 @@ async def test_output_that_never_validates_ends_the_run(server: RestateServer) -
 async def test_a_result_that_cannot_be_stored_ends_the_run(server: RestateServer) -> None:
     """The message names the step and says what can be stored."""
     agent = Agent(TestModel(), name="odd", capabilities=[durable.RestateDurability()])
-    service = restate.Service("Odd")
+    service = agent_service("Odd", agent)
 
     @agent.tool_plain
     def tool() -> object:
         return object()
-
-    @service.handler()
-    async def run(ctx: restate.Context) -> str:
-        return (await agent.run("go")).output
 
     async with hosted(server, service) as ingress:
         response = await ingress.post("Odd/run")
@@ -231,7 +218,7 @@ async def test_a_failing_tool_does_not_hurt_its_siblings(server: RestateServer) 
         name="siblings",
         capabilities=[durable.RestateDurability(tool_run_options=FAST)],
     )
-    service = restate.Service("Siblings")
+    service = agent_service("Siblings", agent)
 
     @agent.tool_plain
     async def fails_once() -> str:
@@ -245,10 +232,6 @@ async def test_a_failing_tool_does_not_hurt_its_siblings(server: RestateServer) 
         await asyncio.sleep(0.3)
         done["slow"] += 1
         return "ok"
-
-    @service.handler()
-    async def run(ctx: restate.Context) -> str:
-        return (await agent.run("go")).output
 
     async with hosted(server, service) as ingress:
         await ingress.call("Siblings/run")

@@ -17,7 +17,7 @@ from pydantic_ai.models.test import TestModel
 
 import durable
 from durable.server import RestateServer
-from tests.live.hosting import hosted
+from tests.live.hosting import agent_service, hosted
 
 pytestmark = pytest.mark.live
 
@@ -71,7 +71,7 @@ async def test_messages_are_the_same_bytes_on_every_replay(server: RestateServer
     async with hosted(server, memory) as ingress:
         started = datetime.now(UTC)
         await ingress.call("Memory/me/turn")
-        assert (await ingress.invocation("Memory")).get("retry_count", 0) == 0
+        assert await ingress.retries("Memory") == 0
     assert {len(variants) for variants in seen.values()} == {1}
     for message in json.loads(seen["second"].pop()):
         for item in [message, *message["parts"]]:
@@ -157,7 +157,7 @@ async def test_keys_are_stable_and_unique(server: RestateServer) -> None:
     """A call that is tried again has the same key; no other call has it."""
     keys: defaultdict[str, list[str]] = defaultdict(list)
     agent = Agent(TestModel(), name="pay", capabilities=[durable.RestateDurability()])
-    service = restate.Service("Pay")
+    service = agent_service("Pay", agent)
 
     @agent.tool
     async def pay(ctx: RunContext) -> str:
@@ -171,10 +171,6 @@ async def test_keys_are_stable_and_unique(server: RestateServer) -> None:
         keys["mail"].append(durable.idempotency_key(ctx))
         return "sent"
 
-    @service.handler()
-    async def run(ctx: restate.Context) -> str:
-        return (await agent.run("go")).output
-
     async with hosted(server, service) as ingress:
         await ingress.call("Pay/run")
     assert len(keys["pay"]) == 2
@@ -186,7 +182,7 @@ async def test_at_most_once_tools_run_once(server: RestateServer) -> None:
     """Also when each wait is a suspension; a failing one is not repeated but reported to the model."""
     done: Counter[str] = Counter()
     agent = Agent(TestModel(), name="once", capabilities=[durable.RestateDurability()])
-    service = restate.Service("Once")
+    service = agent_service("Once", agent)
 
     @agent.tool_plain(metadata={"restate": {"at_most_once": True}})
     async def fire() -> str:
@@ -197,10 +193,6 @@ async def test_at_most_once_tools_run_once(server: RestateServer) -> None:
     async def misfire() -> str:
         done["misfire"] += 1
         raise RuntimeError("jammed")
-
-    @service.handler()
-    async def run(ctx: restate.Context) -> str:
-        return (await agent.run("go")).output
 
     async with hosted(server, service) as ingress:
         output = await ingress.call("Once/run")
@@ -215,7 +207,7 @@ async def test_at_most_once_tools_run_once(server: RestateServer) -> None:
 async def test_tool_options(server: RestateServer) -> None:
     """A time limit and a name for one tool."""
     agent = Agent(TestModel(), name="opts", capabilities=[durable.RestateDurability()])
-    service = restate.Service("Options")
+    service = agent_service("Options", agent)
     tries: list[Any] = []
 
     @agent.tool_plain(metadata={"restate": {"timeout": 0.1, "name": "v2", "max_attempts": 2}})
@@ -224,10 +216,6 @@ async def test_tool_options(server: RestateServer) -> None:
         if len(tries) == 1:
             await asyncio.sleep(10)
         return "ok"
-
-    @service.handler()
-    async def run(ctx: restate.Context) -> str:
-        return (await agent.run("go")).output
 
     async with hosted(server, service) as ingress:
         assert await ingress.call("Options/run") == '{"hangs_once":"ok"}'

@@ -4,7 +4,7 @@ import asyncio
 import os
 import sys
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic
@@ -23,7 +23,6 @@ from pydantic_ai.messages import (
     ModelRequest,
     ModelResponse,
     TextPart,
-    ToolCallPart,
     ToolReturnPart,
 )
 from pydantic_ai.models.function import AgentInfo, FunctionModel
@@ -32,19 +31,13 @@ from restate.exceptions import RetryableError
 
 import durable
 from durable.server import RestateServer
-from tests.live.hosting import hosted, serving
+from tests.live.hosting import after, agent_service, hosted, serving
 from tests.live.mcp_server import HTTPApp, Trace
+from tests.live.scripted import call, done, script
 
 pytestmark = pytest.mark.live
 
 Transport = Callable[[], Any]
-
-done: Counter[str] = Counter()
-
-
-@pytest.fixture(autouse=True)
-def _nothing_done() -> None:
-    done.clear()
 
 
 @pytest.fixture
@@ -111,37 +104,13 @@ async def until(happened: Callable[[], bool]) -> None:
     raise AssertionError("it did not happen")
 
 
-def script(*turns: Sequence[ToolCallPart]) -> FunctionModel:
-    """A model that makes the calls of each turn, then answers with what the last ones returned."""
-
-    def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
-        done["model"] += 1
-        turn = sum(isinstance(message, ModelResponse) for message in messages)
-        if turn < len(turns):
-            return ModelResponse(parts=turns[turn])
-        last = messages[-1]
-        assert isinstance(last, ModelRequest)
-        texts = [it.model_response_str() for it in last.parts if isinstance(it, ToolReturnPart)]
-        return ModelResponse(parts=[TextPart("; ".join(texts))])
-
-    return FunctionModel(respond)
-
-
-def call(name: str, **args: Any) -> ToolCallPart:
-    """A tool call with an id that is its own."""
-    done["calls"] += 1
-    return ToolCallPart(name, args, tool_call_id=str(done["calls"]))
-
-
-async def after() -> None:
-    """A last step, so that always-replay mode replays everything before it."""
-
-
 async def test_one_session_per_run(
     server: RestateServer, client: Client[Any], trace: Trace, request: pytest.FixtureRequest
 ) -> None:
     """Listing, instructions and calls are steps, in one session; a replay needs none."""
-    model = script([call("add", a=1, b=2), call("add", a=3, b=4)], [call("add", a=5, b=6)])
+    model = script(
+        [call("add", "1", a=1, b=2), call("add", "2", a=3, b=4)], [call("add", "3", a=5, b=6)]
+    )
     agent = Agent(
         model,
         name="mcp",
@@ -166,7 +135,7 @@ async def test_one_session_per_run(
         return result.output
 
     async with hosted(server, service) as ingress:
-        assert await ingress.call("Mcp/run") == "11"
+        assert await ingress.call("Mcp/run") == "add=11"
         steps = await ingress.steps("Mcp")
     prefix = "mcp__mcp_server__tools"
     assert Counter(steps) == {
@@ -195,7 +164,9 @@ async def test_errors_of_tools_are_the_models(
     server: RestateServer, client: Client[Any], trace: Trace
 ) -> None:
     """A tool's error is an answer that asks for another call; the run's end closes the session."""
-    model = script([call("divide", a=1, b=0), call("add", a=1, b=1)], [call("divide", a=1, b=4)])
+    model = script(
+        [call("divide", "1", a=1, b=0), call("add", a=1, b=1)], [call("divide", "2", a=1, b=4)]
+    )
     agent = Agent(
         model,
         name="wrong",
@@ -229,7 +200,7 @@ async def test_errors_of_tools_are_the_models(
         assert failed.startswith("divide retried")
         assert "b must not be zero" in failed
         assert (added, divided) == ("add success 2", "divide success 0.25")
-        assert (await ingress.invocation("McpErrors")).get("retry_count", 0) == 0
+        assert await ingress.retries("McpErrors") == 0
     assert trace.events()["call divide"] == 3
     assert trace.events()["call add"] == 1
     await until_closed(trace)
@@ -254,11 +225,7 @@ async def test_images_stay_images(server: RestateServer, trace: Trace) -> None:
             toolsets=[MCPToolset(f"{url}/mcp", id="tools")],
             capabilities=[durable.RestateDurability()],
         )
-        service = restate.Service("McpImages")
-
-        @service.handler()
-        async def run(ctx: restate.Context) -> str:
-            return (await agent.run("go")).output
+        service = agent_service("McpImages", agent)
 
         async with hosted(server, service) as ingress:
             assert await ingress.call("McpImages/run") == "nice"
@@ -279,14 +246,10 @@ async def test_connecting_is_retried(server: RestateServer, trace: Trace) -> Non
             toolsets=[MCPToolset(f"{url}/mcp", id="tools")],
             capabilities=[durable.RestateDurability(mcp_run_options=fast)],
         )
-        service = restate.Service("McpLate")
-
-        @service.handler()
-        async def run(ctx: restate.Context) -> str:
-            return (await agent.run("go")).output
+        service = agent_service("McpLate", agent)
 
         async with hosted(server, service) as ingress:
-            assert await ingress.call("McpLate/run") == "3"
+            assert await ingress.call("McpLate/run") == "add=3"
     assert trace.events()["call add"] == 1
     assert done["model"] == 2
 
@@ -301,7 +264,7 @@ async def test_a_session_ends_with_its_attempt(
         toolsets=[MCPToolset(Client(stdio(trace), init_timeout=30), id="tools")],
         capabilities=[durable.RestateDurability()],
     )
-    service = restate.Service("McpWaiting")
+    service = agent_service("McpWaiting", agent)
     waiting: asyncio.Future[str] = asyncio.Future()
 
     @agent.tool_plain(metadata={"restate": False})
@@ -315,17 +278,13 @@ async def test_a_session_ends_with_its_attempt(
         await ctx.run_typed("notify", notify)
         return await answer
 
-    @service.handler()
-    async def run(ctx: restate.Context) -> str:
-        return (await agent.run("go")).output
-
     async with hosted(server, service) as ingress:
         answer = asyncio.create_task(ingress.call("McpWaiting/run"))
         awakeable = await waiting
         if "always-replay" in request.node.name:
             await until_closed(trace)
         await ingress.post(f"restate/awakeables/{awakeable}/resolve", "go on")
-        assert await answer == "7"
+        assert await answer == "add=7"
     events = trace.events()
     assert events["call add"] == 1
     assert events["connect"] == (2 if "always-replay" in request.node.name else 1)
@@ -347,17 +306,13 @@ async def test_cancelling_ends_the_session(
         toolsets=[MCPToolset(Client(stdio(trace), init_timeout=30), id="tools")],
         capabilities=[durable.RestateDurability()],
     )
-    service = restate.Service("McpCancelled")
+    service = agent_service("McpCancelled", agent)
 
     @agent.tool_plain
     async def short() -> str:
         trace.add("call hang")
         await asyncio.sleep(0.5)
         return "over"
-
-    @service.handler()
-    async def run(ctx: restate.Context) -> str:
-        return (await agent.run("go")).output
 
     async with hosted(server, service) as ingress:
         answer = asyncio.create_task(ingress.post("McpCancelled/run"))
@@ -377,21 +332,17 @@ async def test_dynamic_toolsets_hold_one_session(
         return MCPToolset(client, id="inner")
 
     agent = Agent(
-        script([call("add", a=1, b=2)], [call("divide", a=1, b=0)], [call("add", a=3, b=4)]),
+        script(
+            [call("add", "1", a=1, b=2)], [call("divide", a=1, b=0)], [call("add", "2", a=3, b=4)]
+        ),
         name="made",
         toolsets=[DynamicToolset(make, per_run_step=False, id="made")],
         capabilities=[durable.RestateDurability()],
     )
-    service = restate.Service("McpMade")
-
-    @service.handler()
-    async def run(ctx: restate.Context) -> str:
-        output = (await agent.run("go")).output
-        await ctx.run_typed("after", after)
-        return output
+    service = agent_service("McpMade", agent)
 
     async with hosted(server, service) as ingress:
-        assert await ingress.call("McpMade/run") == "7"
+        assert await ingress.call("McpMade/run") == "add=7"
         steps = await ingress.steps("McpMade")
     prefix = "made__dynamic_toolset__made"
     assert [step for step in steps if "call_tool" in step] == [
@@ -413,7 +364,7 @@ async def test_runs_beside_each_other_share_the_server(
     toolset = MCPToolset[object](client, id="tools")
     agents = [
         Agent(
-            script(*[[call("add", a=number, b=1)]] * turns),
+            script(*([call("add", str(turn), a=number, b=1)] for turn in range(turns))),
             name=f"beside-{number}",
             toolsets=[toolset],
             capabilities=[durable.RestateDurability()],
@@ -428,7 +379,7 @@ async def test_runs_beside_each_other_share_the_server(
         return [result.output for result in results]
 
     async with hosted(server, service) as ingress:
-        assert await ingress.call("McpBeside/run") == ["11", "21"]
+        assert await ingress.call("McpBeside/run") == ["add=11", "add=21"]
     assert trace.events()["call add"] == 4
 
 
@@ -457,7 +408,7 @@ async def test_servers_given_at_run_time(server: RestateServer, trace: Trace) ->
             answers = await asyncio.gather(
                 *(ingress.call("McpGiven/run", user) for user in ("ann", "bob"))
             )
-            assert answers == ["3", "3"]
+            assert answers == ["add=3", "add=3"]
             steps = await ingress.steps("McpGiven")
     assert "given__mcp_server__given.call_tool" in steps
     events = trace.events()

@@ -1,15 +1,12 @@
 """`services:app` as it is deployed: in a process of its own, with a provider of models."""
 
 import asyncio
-import json
 import os
 import sys
 from collections.abc import AsyncGenerator, Generator
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
 from typing import Any, cast
 from uuid import uuid4
 
@@ -23,6 +20,7 @@ from durable.worker import Worker
 from services.chaining import EXAMPLE_PROMPTS, EXAMPLE_TEXT, CallChainingResponse
 from services.routing import EXAMPLE_TICKETS, RoutingResponse
 from tests.live.hosting import Ingress
+from tests.live.providers import Answer, Provider, filled, provider
 
 pytestmark = pytest.mark.live
 
@@ -35,100 +33,16 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-# A provider whose model fills in whatever JSON schema it is given
-
-
-@dataclass
-class SchemaProvider:
-    """An OpenAI-compatible server, and what it was asked."""
-
-    url: str
-    requests: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-
-    @property
-    def env(self) -> dict[str, str]:
-        """The environment of a worker that uses it, whatever is configured for this process."""
-        unset = {
-            name: "" for name in os.environ if name.startswith(("OPENAI_", "ANTHROPIC_", "AGENTS_"))
-        }
-        return {
-            **unset,
-            "OPENAI_BASE_URL": f"{self.url}/v1",
-            "AGENTS_MODEL": "openai:scripted",
-        }
-
-
-@contextmanager
-def schema_provider(*, valid: bool = True) -> Generator[SchemaProvider]:
-    """Serve a model that answers validly, or one that never does."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            request = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            served.requests.append(request)
-            text = "I would rather talk about something else."
-            if valid:
-                schema = request["response_format"]["json_schema"]["schema"]
-                text = json.dumps(fill(schema, schema, len(served.requests)))
-            body = json.dumps(completion(text)).encode()
-            self.send_response(200)
-            self.send_header("content-type", "application/json")
-            self.send_header("content-length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    served = SchemaProvider(f"http://127.0.0.1:{http.server_port}")
-    thread = Thread(target=http.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield served
-    finally:
-        http.shutdown()
-        http.server_close()
-        thread.join()
-
-
-def fill(schema: dict[str, Any], root: dict[str, Any], number: int) -> Any:
-    """Make a value that fits a JSON schema, with the number of the request in its texts."""
-    if "$ref" in schema:
-        schema = root["$defs"][schema["$ref"].removeprefix("#/$defs/")]
-    if "enum" in schema:
-        return schema["enum"][0]
-    if schema["type"] == "object":
-        return {name: fill(it, root, number) for name, it in schema["properties"].items()}
-    if schema["type"] == "array":
-        return [fill(schema["items"], root, number)]
-    assert schema["type"] == "string", schema
-    return f"text {number}"
-
-
-def completion(text: str) -> dict[str, Any]:
-    """What the chat completions API answers."""
-    message = {"role": "assistant", "content": text}
-    return {
-        "id": "chatcmpl-1",
-        "object": "chat.completion",
-        "created": 1_700_000_000,
-        "model": "scripted",
-        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-        "usage": {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8},
-    }
-
-
 @dataclass
 class App:
     """`services:app`, served by a worker and registered."""
 
     ingress: Ingress
-    provider: SchemaProvider
+    provider: Provider
 
 
 @asynccontextmanager
-async def serving(server: RestateServer, provider: SchemaProvider) -> AsyncGenerator[App]:
+async def serving(server: RestateServer, provider: Provider) -> AsyncGenerator[App]:
     """Serve `services:app` the way `durable dev` and `python -m services` do."""
     async with Worker("services:app", cwd=CHECKOUT, env=provider.env) as worker:
         await server.register(worker.url)
@@ -139,8 +53,8 @@ async def serving(server: RestateServer, provider: SchemaProvider) -> AsyncGener
 @pytest.fixture(scope="module")
 async def app(server: RestateServer) -> AsyncGenerator[App]:
     """The app with a model that always answers validly."""
-    with schema_provider() as provider:
-        async with serving(server, provider) as app:
+    with provider(filled) as api:
+        async with serving(server, api) as app:
             yield app
 
 
@@ -216,7 +130,7 @@ async def test_bad_input_is_named_at_once(app: App, service: str, body: bytes, n
     response = await app.ingress.post(f"{service}/run", content=body, headers=headers)
     assert response.status_code == 400
     assert names in response.json()["message"]
-    assert (await app.ingress.invocation(service)).get("retry_count", 0) == 0
+    assert await app.ingress.retries(service) == 0
     assert len(app.provider.requests) == before
 
 
@@ -259,27 +173,27 @@ def objects(document: object) -> Generator[dict[str, Any]]:
 
 async def test_a_model_that_never_answers_validly(server: RestateServer) -> None:
     """The invocation ends with a clear error; restate-server does not go on trying."""
-    with schema_provider(valid=False) as provider:
-        async with serving(server, provider) as app:
+    with provider([Answer("I would rather talk about something else.")]) as api:
+        async with serving(server, api) as app:
             for service in ("RoutingService", "CallChainingService"):
-                before = len(provider.requests)
+                before = len(api.requests)
                 response = await app.ingress.post(f"{service}/run", {})
                 assert response.status_code == 502
                 assert "Exceeded maximum output retries" in response.json()["message"]
-                assert len(provider.requests) == before + 2
-                assert (await app.ingress.invocation(service)).get("retry_count", 0) == 0
+                assert len(api.requests) == before + 2
+                assert await app.ingress.retries(service) == 0
 
 
 async def test_a_bare_hypercorn_serves_it(server: RestateServer, tmp_path: Path) -> None:
     """`hypercorn services:app` is all that a deployment needs."""
     [port] = free_ports(1)
-    with schema_provider() as provider, (tmp_path / "log").open("wb") as log:
+    with provider(filled) as api, (tmp_path / "log").open("wb") as log:
         command = ["-m", "hypercorn", "--bind", f"127.0.0.1:{port}", "services:app"]
         worker = await asyncio.create_subprocess_exec(
             sys.executable,
             *command,
             cwd=CHECKOUT,
-            env={**os.environ, **provider.env},
+            env={**os.environ, **api.env},
             stdout=log,
             stderr=log,
         )

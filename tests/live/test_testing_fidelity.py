@@ -11,15 +11,6 @@ import pytest
 import restate
 from pydantic import BaseModel
 from pydantic_ai import Agent
-from pydantic_ai.messages import (
-    ModelMessage,
-    ModelRequest,
-    ModelResponse,
-    TextPart,
-    ToolCallPart,
-    ToolReturnPart,
-)
-from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_core import to_jsonable_python
 from restate.exceptions import RetryableError
 
@@ -27,12 +18,12 @@ import durable
 from durable.server import RestateServer
 from durable.testing import InMemoryInvocation, Suspended, check_every_crash
 from tests.live.hosting import hosted
+from tests.live.scripted import calls
+from tests.live.scripted import done as executed
 
 pytestmark = pytest.mark.live
 
 FAST = restate.RunOptions[Any](max_attempts=3, initial_retry_interval=timedelta(milliseconds=10))
-executed: Counter[str] = Counter()
-"""How often the body of each step began."""
 
 
 @dataclass(frozen=True)
@@ -46,23 +37,6 @@ class Scenario:
     key: str = ""
     ordered: bool = True
     """Whether the order of completions is the same everywhere: steps do not run beside each other."""
-
-
-def calls(*names: str) -> FunctionModel:
-    """A model that calls the tools `names` at once, then answers with what they returned."""
-
-    def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
-        executed["model"] += 1
-        if names and len(messages) == 1:
-            return ModelResponse(
-                parts=[ToolCallPart(name, tool_call_id=f"{i}") for i, name in enumerate(names)]
-            )
-        last = messages[-1]
-        assert isinstance(last, ModelRequest)
-        returned = [str(part.content) for part in last.parts if isinstance(part, ToolReturnPart)]
-        return ModelResponse(parts=[TextPart(" ".join(returned) or "hello")])
-
-    return FunctionModel(respond)
 
 
 service = restate.Service("Same")
