@@ -2,15 +2,18 @@
 
     python -m services.client routing --ingress http://127.0.0.1:8080 --idempotency-key demo-1
 
-With the same idempotency key the second call executes nothing and gets the first one's answers.
+With the same idempotency key the second call executes nothing and gets the first one's answers. A
+workflow is called under a key of its own; there the idempotency key is that key.
 """
 
 import argparse
+import secrets
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
+from urllib.parse import quote
 
 import httpx2
 from pydantic import BaseModel, ValidationError
@@ -18,6 +21,14 @@ from rich.console import Console
 from rich.pretty import Pretty
 
 from services.chaining import CallChainingRequest, CallChainingResponse
+from services.evaluator_optimizer import EvaluatorOptimizerRequest, EvaluatorOptimizerResponse
+from services.orchestrator_workers import OrchestratorWorkersRequest, OrchestratorWorkersResponse
+from services.parallelization import (
+    ParallelizationRequest,
+    ParallelizationResponse,
+    RunToolsRequest,
+    RunToolsResponse,
+)
 from services.routing import EXAMPLE_TICKETS, RoutingRequest, RoutingResponse
 
 DEFAULT_INGRESS = "http://127.0.0.1:8080"
@@ -30,13 +41,24 @@ class Pattern(Generic[ResponseT]):
     """One agent pattern as a client sees it."""
 
     service: str
-    """Name of the Restate service; its handler is `run`."""
+    """Name of the Restate service."""
 
     examples: Sequence[BaseModel]
     """Requests to try it with."""
 
     response_type: type[ResponseT]
     """What the service answers."""
+
+    handler: str = "run"
+    """Name of the handler."""
+
+    workflow: bool = False
+    """Whether the service is a workflow: calls have a key, and `run` executes once per key."""
+
+    def path(self, key: str) -> str:
+        """Return the path of the handler at the ingress; only a workflow's has the key in it."""
+        keyed = f"{self.service}/{quote(key, safe='')}" if self.workflow else self.service
+        return f"/{keyed}/{self.handler}"
 
 
 PATTERNS: dict[str, Pattern[Any]] = {
@@ -49,6 +71,29 @@ PATTERNS: dict[str, Pattern[Any]] = {
         service="RoutingService",
         examples=[RoutingRequest(ticket=ticket) for ticket in EXAMPLE_TICKETS],
         response_type=RoutingResponse,
+    ),
+    "parallelization": Pattern(
+        service="ParallelizationService",
+        workflow=True,
+        examples=[ParallelizationRequest()],
+        response_type=ParallelizationResponse,
+    ),
+    "parallel-tools": Pattern(
+        service="ParallelizationService",
+        workflow=True,
+        handler="run_tools",
+        examples=[RunToolsRequest()],
+        response_type=RunToolsResponse,
+    ),
+    "orchestrator-workers": Pattern(
+        service="OrchestratorWorkersService",
+        examples=[OrchestratorWorkersRequest()],
+        response_type=OrchestratorWorkersResponse,
+    ),
+    "evaluator-optimizer": Pattern(
+        service="EvaluatorOptimizerService",
+        examples=[EvaluatorOptimizerRequest()],
+        response_type=EvaluatorOptimizerResponse,
     ),
 }
 
@@ -79,11 +124,17 @@ def call(
         ClientError: The ingress is not reachable, or answered with an error.
     """
     headers = {"content-type": "application/json"}
-    if idempotency_key is not None:
+    once_per_key = pattern.workflow and pattern.handler == "run"
+    if idempotency_key is not None and not once_per_key:
         headers["idempotency-key"] = idempotency_key
-    path = f"/{pattern.service}/run"
+    path = pattern.path(idempotency_key or secrets.token_hex(8))
     try:
         answer = client.post(path, content=request.model_dump_json(), headers=headers)
+        if answer.status_code == 409 and once_per_key and idempotency_key is not None:
+            # It was called before: its outcome, now or when it is there.
+            answer = client.get(
+                f"/restate/workflow/{pattern.service}/{quote(idempotency_key, safe='')}/attach"
+            )
     except (httpx2.TransportError, httpx2.InvalidURL) as error:
         raise ClientError(
             f"No answer from the ingress at {client.base_url} ({type(error).__name__}: {error}). "
