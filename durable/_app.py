@@ -38,18 +38,24 @@ def app(services: Iterable[AnyService], **options: Any) -> Any:
     Returns:
         An ASGI application for any server with HTTP/2, or an AWS Lambda handler when on Lambda.
     """
-    return restate.app([_hosted(service) for service in services], **options)
+    services = list(services)
+    names = frozenset(service.name for service in services)
+    return restate.app([_hosted(service, names) for service in services], **options)
 
 
-def _hosted(service: AnyService) -> AnyService:
+def _hosted(service: AnyService, services: frozenset[str]) -> AnyService:
     hosted = copy(service)
     handlers: dict[str, Handler[Any, Any]] = cast(Any, service).handlers
-    hosted.handlers = {name: hosted_handler(handler) for name, handler in handlers.items()}
+    hosted.handlers = {
+        name: hosted_handler(handler, services) for name, handler in handlers.items()
+    }
     return hosted
 
 
-def hosted_handler(handler: Handler[Any, Any]) -> Handler[Any, Any]:
-    """Return `handler` as `durable.app` hosts it."""
+def hosted_handler(
+    handler: Handler[Any, Any], services: frozenset[str] = frozenset()
+) -> Handler[Any, Any]:
+    """Return `handler` as `durable.app` hosts it, beside the services of these names."""
     io = replace(
         handler.handler_io,
         input_serde=_InputSerde(handler.handler_io.input_serde, needs_body=_takes_model(handler)),
@@ -62,7 +68,7 @@ def hosted_handler(handler: Handler[Any, Any]) -> Handler[Any, Any]:
         for argument in arguments:
             if isinstance(argument, _BadInput):
                 raise TerminalError(argument.message, status_code=400) from argument.error
-        with handler_scope(Invocation(context=context)):
+        with handler_scope(Invocation(context=context, services=services)):
             try:
                 return await Driver(context).run(handle(context, *arguments))
             except Exception as error:

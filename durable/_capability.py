@@ -27,6 +27,7 @@ from pydantic_ai.durable_exec import (
     ToolsetKind,
     ToolsetValidateToolArgumentsId,
     conversation_id_from_run_id,
+    external_event_scope,
 )
 from pydantic_ai.exceptions import UserError
 from pydantic_ai.messages import ModelResponse
@@ -38,6 +39,8 @@ from pydantic_ai.toolsets import AbstractToolset, DynamicToolset, ToolsetTool
 from pydantic_graph import End
 from restate import RunOptions
 
+from durable._agent_run import Inbox
+from durable._approvals import RestateWaiter
 from durable._codec import ResultCodec
 from durable._context import Invocation, current_invocation
 from durable._driver import InvocationCancelled
@@ -48,7 +51,6 @@ from durable._operation_backend import RestateOperationBackend, current_step, ru
 from durable._options import DEFAULT_RUN_OPTIONS, StepOptions, check_run_options, tool_options
 from durable._outputs import OutputCodec, output_as_value, output_from_value
 from durable._sdk import DurableModel, check_sdk_version
-from durable._steering import Inbox
 from durable._toolsets import RestateDynamicToolset, RestateMCPToolset
 
 _live_model: ContextVar[Model | None] = ContextVar("durable.live_model", default=None)
@@ -205,7 +207,8 @@ class RestateDurability(BaseDurabilityCapability[AgentDepsT]):
         clock.leave_alone(ctx.messages)
         current_run_clock.set(clock)
         try:
-            result = await handler()
+            with external_event_scope(RestateWaiter(self.name, invocation.context)):
+                result = await handler()
         except Exception:
             clock.stamp(ctx.messages, clock.now)
             raise

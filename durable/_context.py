@@ -21,8 +21,8 @@ from pydantic_ai.exceptions import UserError
 from restate import Context, TerminalError
 from restate.extensions import current_context
 
+from durable._agent_run import Inbox
 from durable._sdk import disable_threads
-from durable._steering import Inbox
 
 
 @dataclass(kw_only=True)
@@ -31,6 +31,9 @@ class Invocation:
 
     context: Context
     """The Restate context that the handler received."""
+
+    services: frozenset[str] = frozenset()
+    """The names of the services that the app hosts."""
 
     host: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     """The ordinary event loop, on which steps run."""

@@ -19,6 +19,16 @@ def output_function(agent: str, function: str | None) -> str:
     return f"{agent}__output_function:{function or 'output'}"
 
 
+def external_event(agent: str, wait: str) -> str:
+    """Name the step that hands out the token of PydanticAI's `wait_for_external_event`."""
+    return f"{agent}__external_event.{wait}"
+
+
+def notification(agent: str, tool: str) -> str:
+    """Name the step that tells a reviewer about a call of `tool`."""
+    return f"{agent}__notify:{tool}"
+
+
 def steering_signal(number: int) -> str:
     """Name the signal that carries a message to the runs of an invocation."""
     return f"agent_run.steer:{number}"
