@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run_examples(client: httpx2.Client, name: str, *, key: str | None, console: Console) -> None:
     pattern = PATTERNS[name]
     for number, request in enumerate(pattern.examples, start=1):
-        console.rule(f"{pattern.service}, example {number}")
+        console.rule(f"{pattern.service}/{pattern.handler}, example {number}")
         console.print(Pretty(request))
         started = time.perf_counter()
         with console.status("waiting for the agents"):
