@@ -46,12 +46,16 @@ class Ingress:
 
     async def steps(self, service: str) -> list[str]:
         """Return the names of the steps in the journal of the last invocation of `service`."""
+        return await self.entries(service, "Run")
+
+    async def entries(self, service: str, command: str) -> list[str]:
+        """Return the names of such commands in the journal of the last invocation of `service`."""
         newest = await self.invocation(service)
         rows = await self.server.query(
             f"SELECT name FROM sys_journal WHERE id = '{newest['id']}' "
-            "AND entry_type = 'Command: Run' ORDER BY index"
+            f"AND entry_type = 'Command: {command}' ORDER BY index"
         )
-        return [row["name"] for row in rows]
+        return [row.get("name", "") for row in rows]
 
     async def retries(self, service: str) -> int:
         """Return how often the last invocation of `service` was retried."""

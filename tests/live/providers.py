@@ -22,7 +22,11 @@ class Answer:
 
     text: str = "done"
     status: int = 200
+    """0 drops the connection."""
+
     headers: dict[str, str] = field(default_factory=dict[str, str])
+    code: str = "scripted_code"
+    finish_reason: str = "stop"
 
 
 @dataclass
@@ -73,6 +77,9 @@ def provider(
                 answer = answers(request, number)
             else:
                 answer = answers[min(number, len(answers)) - 1]
+            if not answer.status:
+                self.close_connection = True
+                return
             body = json.dumps(_body(answer)).encode()
             self.send_response(answer.status)
             for name, value in {"content-type": "application/json", **answer.headers}.items():
@@ -117,13 +124,13 @@ def _fill(schema: dict[str, Any], root: dict[str, Any], number: int) -> Any:
 
 def _body(answer: Answer) -> dict[str, Any]:
     if answer.status != 200:
-        return {"error": {"message": answer.text, "code": "scripted_code", "type": "scripted"}}
+        return {"error": {"message": answer.text, "code": answer.code, "type": "scripted"}}
     message = {"role": "assistant", "content": answer.text}
     return {
         "id": "chatcmpl-1",
         "object": "chat.completion",
         "created": 1_700_000_000,
         "model": "scripted",
-        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+        "choices": [{"index": 0, "message": message, "finish_reason": answer.finish_reason}],
         "usage": {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8},
     }

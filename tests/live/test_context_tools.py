@@ -139,6 +139,46 @@ async def test_context_tools_sync_and_async(server: RestateServer) -> None:
     assert done == {"model": 2, "part": 1}
 
 
+async def test_context_tools_orchestrate(server: RestateServer) -> None:
+    """A tool may sleep, call other services, wait for an answer and keep state, in any number at once."""
+    agent = Agent(
+        script([call("order", "1", item="tea"), call("order", "2", item="cups")]),
+        name="shop",
+        capabilities=[durable.RestateDurability()],
+    )
+    service = agent_service("Shop", agent)
+    stock = restate.VirtualObject("Stock")
+
+    @stock.handler()
+    async def take(ctx: restate.ObjectContext) -> int:
+        left = (await ctx.get("left", type_hint=int) or 3) - 1
+        ctx.set("left", left)
+        return left
+
+    @stock.handler(kind="shared")
+    async def confirm(ctx: restate.ObjectSharedContext, awakeable: str) -> None:
+        done["confirm"] += 1
+        ctx.resolve_awakeable(awakeable, f"confirmed {ctx.key()}")
+
+    @agent.tool_plain(metadata={"restate": False})
+    async def order(item: str) -> str:
+        ctx = durable.restate_context()
+        await ctx.sleep(timedelta(milliseconds=20))
+        left = await ctx.object_call(take, key=f"{item} {ctx.request().id}", arg=None)
+        awakeable, answer = ctx.awakeable(type_hint=str)
+        ctx.object_send(confirm, key=item, arg=awakeable)
+        return f"{await answer}, {left} left"
+
+    async with hosted(server, service, stock) as ingress:
+        assert await ingress.call("Shop/run") == (
+            "order=confirmed tea, 2 left; order=confirmed cups, 2 left"
+        )
+        assert await ingress.retries("Shop") == 0
+        assert len(await ingress.entries("Shop", "Sleep")) == 2
+        assert len(await ingress.entries("Shop", "Call")) == 2
+    assert done == {"model": 2, "confirm": 2}
+
+
 async def test_context_tools_use_any_async_library(server: RestateServer) -> None:
     """anyio's task groups and scopes in handler code: their time is Restate's, on every replay."""
     agent = Agent(

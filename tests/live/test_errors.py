@@ -1,7 +1,6 @@
 """Hopeless errors end a run at once; passing ones are retried at the provider's pace."""
 
 import asyncio
-from collections import Counter
 from datetime import timedelta
 from email.utils import formatdate
 from time import time
@@ -9,7 +8,8 @@ from time import time
 import pytest
 import restate
 from pydantic import BaseModel
-from pydantic_ai import Agent, ModelRetry
+from pydantic_ai import Agent, ModelRetry, RunContext
+from pydantic_ai.capabilities import Hooks
 from pydantic_ai.exceptions import (
     FallbackExceptionGroup,
     ModelAuthenticationError,
@@ -17,6 +17,8 @@ from pydantic_ai.exceptions import (
     UnexpectedModelBehavior,
     UsageLimitExceeded,
 )
+from pydantic_ai.messages import ModelResponse, TextPart
+from pydantic_ai.models import ModelRequestContext
 from pydantic_ai.models.fallback import FallbackModel
 from pydantic_ai.models.test import TestModel
 from pydantic_ai.usage import UsageLimits
@@ -25,6 +27,7 @@ import durable
 from durable.server import RestateServer
 from tests.live.hosting import agent_service, hosted
 from tests.live.providers import Answer, provider
+from tests.live.scripted import done
 
 pytestmark = pytest.mark.live
 
@@ -99,11 +102,41 @@ async def test_wrong_key_ends_at_once_and_keeps_its_class(server: RestateServer)
     assert set(seen) == {seen[0]}
 
 
-@pytest.mark.parametrize("date", [False, True])
-async def test_rate_limit_waits_as_long_as_asked(server: RestateServer, date: bool) -> None:
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (Answer(status=400), 502),
+        (Answer(status=403), 502),
+        (Answer(status=404), 502),
+        (Answer(status=422), 502),
+        (Answer(status=400, code="context_length_exceeded"), 413),
+        (Answer(status=429, code="insufficient_quota"), 503),
+        (Answer("", finish_reason="content_filter"), 422),
+    ],
+    ids=["400", "403", "404", "422", "context window", "quota", "content filter"],
+)
+async def test_hopeless_answers_end_the_run_at_once(
+    server: RestateServer, answer: Answer, status: int
+) -> None:
+    """What the provider refuses it refuses again: one request, and a status that says why."""
+    with provider([answer]) as api:
+        agent = Agent(api.model(), name="refused", capabilities=[durable.RestateDurability()])
+        async with hosted(server, agent_service("Refused", agent)) as ingress:
+            response = await ingress.post("Refused/run")
+            assert response.status_code == status, response.text
+            assert await ingress.retries("Refused") == 0
+        assert len(api.times) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "date"), [(429, False), (429, True), (503, False), (529, False)]
+)
+async def test_rate_limit_waits_as_long_as_asked(
+    server: RestateServer, status: int, date: bool
+) -> None:
     """`Retry-After`, in seconds or as a date, is a delay of the server's, then the run goes on."""
     after = formatdate(time() + 3, usegmt=True) if date else "1"
-    limited = Answer("slow down", status=429, headers={"retry-after": after})
+    limited = Answer("slow down", status=status, headers={"retry-after": after})
     with provider([limited, Answer("finally")]) as api:
         agent = Agent(api.model(), name="patient", capabilities=[durable.RestateDurability()])
         service = agent_service("Patient", agent)
@@ -112,6 +145,19 @@ async def test_rate_limit_waits_as_long_as_asked(server: RestateServer, date: bo
             assert await ingress.call("Patient/run") == "finally"
         first, second = api.times
         assert second - first >= 1
+
+
+async def test_lost_connections_are_retried(server: RestateServer) -> None:
+    """A provider that drops the connection is asked again."""
+    with provider([Answer(status=0), Answer(status=0), Answer("connected")]) as api:
+        agent = Agent(
+            api.model(),
+            name="lost",
+            capabilities=[durable.RestateDurability(model_run_options=FAST)],
+        )
+        async with hosted(server, agent_service("Lost", agent)) as ingress:
+            assert await ingress.call("Lost/run") == "connected"
+        assert len(api.times) == 3
 
 
 async def test_server_errors_are_retried_until_the_options_say_no(server: RestateServer) -> None:
@@ -148,6 +194,31 @@ async def test_server_errors_are_retried_until_the_options_say_no(server: Restat
             assert response.status_code >= 500
             assert "answered 500" in response.json()["message"]
             assert len(api.times) == 3
+
+
+async def test_hooks_see_the_error_of_a_request(server: RestateServer) -> None:
+    """`on_model_request_error` gets the provider's error in its own class, and may answer instead."""
+    hooks = Hooks[object]()
+    seen: list[Exception] = []
+
+    @hooks.on.model_request_error
+    async def recover(
+        ctx: RunContext, *, request_context: ModelRequestContext, error: Exception
+    ) -> ModelResponse:
+        seen.append(error)
+        return ModelResponse(parts=[TextPart("from the hook")])
+
+    with provider([Answer(status=401)]) as api:
+        agent = Agent(
+            api.model(), name="recovering", capabilities=[hooks, durable.RestateDurability()]
+        )
+        async with hosted(server, agent_service("Recovering", agent)) as ingress:
+            assert await ingress.call("Recovering/run") == "from the hook"
+            assert await ingress.retries("Recovering") == 0
+        assert len(api.times) == 1
+    for error in seen:
+        assert isinstance(error, ModelAuthenticationError)
+        assert isinstance(error, ModelHTTPError)
 
 
 async def test_all_models_rejecting_ends_at_once(server: RestateServer) -> None:
@@ -212,7 +283,6 @@ async def test_a_result_that_cannot_be_stored_ends_the_run(server: RestateServer
 
 async def test_a_failing_tool_does_not_hurt_its_siblings(server: RestateServer) -> None:
     """The failing tool is retried; the slower one beside it is neither cut off nor repeated."""
-    done: Counter[str] = Counter()
     agent = Agent(
         TestModel(),
         name="siblings",

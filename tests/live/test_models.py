@@ -1,5 +1,6 @@
 """Whatever the model and its output: each request is one step, made once."""
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from pydantic_ai.messages import (
     TextPart,
     ToolCallPart,
 )
-from pydantic_ai.models import Model
+from pydantic_ai.models import Model, ModelResolutionContext
 from pydantic_ai.models.fallback import FallbackModel
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_ai.output import NativeOutput, PromptedOutput, TextOutput, ToolOutput
@@ -98,6 +99,34 @@ async def test_an_agent_whose_model_is_a_string(server: RestateServer) -> None:
     assert done == {"model": 1}
 
 
+async def test_a_model_for_each_user(server: RestateServer) -> None:
+    """`ResolveModelId` is given the `deps` of the run: each user's requests go to their own model."""
+    models = {user: script(name=user) for user in ("ann", "bob")}
+
+    def resolve(ctx: ModelResolutionContext[str], model_id: str) -> Model | None:
+        return models[ctx.deps] if model_id == "the-user's" else None
+
+    agent = Agent(
+        "the-user's",
+        name="users",
+        deps_type=str,
+        defer_model_check=True,
+        capabilities=[ResolveModelId(resolve), durable.RestateDurability()],
+    )
+    service = restate.Service("Users")
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> list[str | None]:
+        runs = [agent.run("go", deps=user) for user in ("ann", "bob", "bob")]
+        results = await asyncio.gather(*runs)
+        await ctx.run_typed("after", after)
+        return [result.response.model_name for result in results]
+
+    async with hosted(server, service) as ingress:
+        assert await ingress.call("Users/run") == ["ann", "bob", "bob"]
+    assert done == {"ann": 1, "bob": 2}
+
+
 async def test_a_fallback_model_is_one_step(server: RestateServer) -> None:
     """One model fails, the other answers: both requests are made once, in one step."""
     with provider([Answer(status=500)]) as down, provider([Answer("from the other")]) as up:
@@ -147,12 +176,7 @@ async def test_background_responses_wait_durably(server: RestateServer) -> None:
     async with hosted(server, service) as ingress:
         assert "part 2." in await ingress.call("Background/run")
         assert await ingress.steps("Background") == [*["batch__model.request"] * 3, "after"]
-        invocation = await ingress.invocation("Background")
-        sleeps = await server.query(
-            f"SELECT name FROM sys_journal WHERE id = '{invocation['id']}' "
-            "AND entry_type = 'Command: Sleep'"
-        )
-        assert len(sleeps) == 2
+        assert len(await ingress.entries("Background", "Sleep")) == 2
     assert done == {"poll": 3}
 
 
@@ -187,9 +211,10 @@ async def test_a_background_response_that_is_given_up_is_cancelled(server: Resta
 # Outputs
 
 
-async def test_images_as_output(server: RestateServer) -> None:
+@pytest.mark.parametrize("size", [10, 8_000_000], ids=["small", "large"])
+async def test_images_as_output(server: RestateServer, size: int) -> None:
     """An image that the model makes is the run's output, byte for byte, after a replay too."""
-    image = BinaryImage(b"\x89PNG\xff\xfe", media_type="image/png")
+    image = BinaryImage(b"\x89PNG\xff\xfe".ljust(size, b"\0"), media_type="image/png")
 
     def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
         done["model"] += 1

@@ -1,5 +1,7 @@
 """Other ways to run an agent in a handler: streams, iteration, event handlers."""
 
+import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -8,12 +10,14 @@ from pydantic_ai import Agent, RunContext
 from pydantic_ai.capabilities import (
     ProcessEventStream,
 )
+from pydantic_ai.messages import ModelMessage
+from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_ai.models.test import TestModel
 from pydantic_ai.run import AgentRunResultEvent
 
 import durable
 from durable.server import RestateServer
-from tests.live.hosting import after, hosted
+from tests.live.hosting import after, agent_service, hosted
 from tests.live.scripted import call, done, script
 
 pytestmark = pytest.mark.live
@@ -156,6 +160,33 @@ async def test_streams_left_early(server: RestateServer) -> None:
         assert "look=seen it all".startswith(text)
         assert await ingress.retries("Early") == 0
     assert done == {"model": 3, "look": 2}
+
+
+async def test_events_come_while_the_model_answers(server: RestateServer) -> None:
+    """The handler given to `RestateDurability` is live: here the model waits until it was called."""
+    first_word = asyncio.Event()
+    events: list[str] = []
+
+    async def handle(ctx: RunContext, stream: Any) -> None:
+        async for event in stream:
+            events.append(event.event_kind)
+            if event.event_kind == "part_start":
+                first_word.set()
+
+    async def answer(messages: list[ModelMessage], info: AgentInfo) -> AsyncIterator[str]:
+        yield "first "
+        async with asyncio.timeout(10):
+            await first_word.wait()
+        yield "second"
+
+    agent = Agent(
+        FunctionModel(stream_function=answer),
+        name="live",
+        capabilities=[durable.RestateDurability(event_stream_handler=handle)],
+    )
+    async with hosted(server, agent_service("LiveEvents", agent)) as ingress:
+        assert await ingress.call("LiveEvents/run") == "first second"
+    assert events.count("part_start") == events.count("part_end") == 1
 
 
 @pytest.mark.parametrize("given", ["to the run", "to the agent"])

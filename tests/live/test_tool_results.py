@@ -10,7 +10,7 @@ from uuid import UUID
 
 import pytest
 import restate
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from pydantic_ai import Agent, ModelRetry, RunContext
 from pydantic_ai.exceptions import (
     ApprovalRequired,
@@ -32,6 +32,7 @@ from pydantic_ai.models.test import TestModel
 from pydantic_ai.tools import (
     DeferredToolRequests,
     DeferredToolResults,
+    Tool,
     ToolApproved,
     ToolDenied,
 )
@@ -216,6 +217,67 @@ async def test_a_failed_tool_is_told_to_the_model(server: RestateServer) -> None
             "look: seen (success)",
         ]
     assert done == {"model": 2, "fetch": 1, "look": 1}
+
+
+async def test_validation_errors_are_the_models_to_correct(server: RestateServer) -> None:
+    """Wrong arguments, and a `ValidationError` inside the tool, are answers as without Restate."""
+    model = script(
+        [call("book", "1", seat="window")], [call("book", "2", seat=0)], [call("book", "3", seat=4)]
+    )
+
+    class Seat(BaseModel):
+        number: int = Field(gt=0)
+
+    async def book(seat: int) -> int:
+        done[f"book {seat}"] += 1
+        return Seat(number=seat).number
+
+    def told(messages: list[ModelMessage]) -> list[str]:
+        returned = [part for message in messages for part in message.parts]
+        return [
+            f"{part.tool_call_id} {part.outcome}: {part.content}"
+            for part in returned
+            if isinstance(part, ToolReturnPart)
+        ]
+
+    tools = [Tool(book, max_retries=2)]
+    plain = told((await Agent(model, tools=tools).run("go")).all_messages())
+    assert [it.split(":")[0] for it in plain] == ["1 retried", "2 retried", "3 success"]
+    done.clear()
+    agent = Agent(model, name="seats", tools=tools, capabilities=[durable.RestateDurability()])
+    service = restate.Service("Seats")
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> list[str]:
+        result = await agent.run("go")
+        await ctx.run_typed("after", after)
+        return told(result.all_messages())
+
+    async with hosted(server, service) as ingress:
+        assert await ingress.call("Seats/run") == plain
+        assert await ingress.retries("Seats") == 0
+    assert done == {"model": 4, "book 0": 1, "book 4": 1}
+
+
+async def test_a_cancelled_delegate_is_told_to_the_model(server: RestateServer) -> None:
+    """An agent in a tool's step cancels its own run: the caller's run goes on and knows."""
+    delegate = Agent(script([call("stop")]), name="delegate")
+    agent = Agent(script([call("ask")]), name="asking", capabilities=[durable.RestateDurability()])
+
+    @delegate.tool
+    async def stop(ctx: RunContext) -> str:
+        done["stop"] += 1
+        ctx.cancel()
+        return "stopped"
+
+    @agent.tool_plain
+    async def ask() -> str:
+        return (await delegate.run("go")).output
+
+    async with hosted(server, agent_service("Asking", agent)) as ingress:
+        assert "The sub-agent run was cancelled" in await ingress.call("Asking/run")
+        assert await ingress.retries("Asking") == 0
+    assert done == {"model": 3, "stop": 1}
 
 
 async def test_own_retries_of_one_tool(server: RestateServer) -> None:

@@ -3,12 +3,13 @@
 import sqlite3
 import threading
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import restate
 from pydantic_ai import Agent, ModelRetry, RunContext
-from pydantic_ai.capabilities import NativeTool
+from pydantic_ai.capabilities import NativeTool, SetToolMetadata
 from pydantic_ai.messages import (
     ModelMessage,
     ModelResponse,
@@ -163,6 +164,41 @@ async def test_a_tool_sees_the_whole_run_context(server: RestateServer) -> None:
 
 
 # Toolsets
+
+
+async def test_options_for_tools_of_others(server: RestateServer) -> None:
+    """`SetToolMetadata` gives options to tools one did not write, as `metadata=` does."""
+    fast = timedelta(milliseconds=10)
+
+    async def flaky() -> str:
+        done["flaky"] += 1
+        raise RuntimeError("down")
+
+    async def inline() -> str:
+        return durable.restate_context().request().id
+
+    agent = Agent(
+        script([call("inline")], [call("flaky")]),
+        name="others",
+        toolsets=[FunctionToolset([flaky, inline], id="theirs")],
+        capabilities=[
+            SetToolMetadata(tools=["inline"], restate=False),
+            SetToolMetadata(
+                tools=["flaky"], restate={"max_attempts": 3, "initial_retry_interval": fast}
+            ),
+            durable.RestateDurability(),
+        ],
+    )
+    async with hosted(server, agent_service("Others", agent)) as ingress:
+        response = await ingress.post("Others/run")
+        assert response.status_code == 500
+        assert "down" in response.json()["message"]
+        assert await ingress.steps("Others") == [
+            "others__model.request",
+            "others__model.request",
+            "others__function_toolset__theirs.call_tool:flaky",
+        ]
+    assert done == {"model": 2, "flaky": 3}
 
 
 async def test_wrapped_toolsets_are_journaled(server: RestateServer) -> None:
