@@ -2,7 +2,8 @@
 
 It is `restate.app` with every handler wrapped. The wrapper knows when handler code runs and when a
 step's body runs, and it turns a request that does not fit the handler's input type into a 400 that
-names the field: restate-sdk alone answers 500.
+names the field: restate-sdk alone answers 500. A result that cannot be serialised ends the call, where
+restate-sdk alone would try for ever.
 """
 
 from collections.abc import Callable, Coroutine, Iterable
@@ -14,6 +15,7 @@ from typing import Any, cast
 
 import restate
 from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticSerializationError, to_json
 from restate import Service, TerminalError, VirtualObject, Workflow
 from restate.serde import Serde
 
@@ -59,6 +61,7 @@ def hosted_handler(
     io = replace(
         handler.handler_io,
         input_serde=_InputSerde(handler.handler_io.input_serde, needs_body=_takes_model(handler)),
+        output_serde=_OutputSerde(handler.handler_io.output_serde, handler.name),
     )
 
     handle: Callable[..., Coroutine[Any, Any, Any]] = cast(Any, handler.fn)
@@ -116,6 +119,29 @@ class _InputSerde(Serde[Any]):
 
     def serialize(self, obj: Any) -> bytes:
         return self._inner.serialize(obj)
+
+
+class _OutputSerde(Serde[Any]):
+    """Writes a handler's result, lists of models and the like too; what cannot be written ends the call."""
+
+    def __init__(self, inner: Serde[Any], handler: str) -> None:
+        self._inner = inner
+        self._handler = handler
+
+    def deserialize(self, buf: bytes) -> Any:
+        return self._inner.deserialize(buf)
+
+    def serialize(self, obj: Any) -> bytes:
+        try:
+            return self._inner.serialize(obj)
+        except Exception as error:  # noqa: BLE001 - a serde may raise anything, and would again on each retry
+            try:
+                return to_json(obj)
+            except PydanticSerializationError:
+                raise TerminalError(
+                    f"The result of `{self._handler}`, a {type(obj).__name__}, cannot be written as JSON: "
+                    f"{error}. Return JSON-compatible values, Pydantic models or dataclasses."
+                ) from error
 
 
 def _describe(error: ValidationError) -> str:

@@ -1,0 +1,89 @@
+"""Runs that wait for people outlive everything, and hold nothing meanwhile."""
+
+import asyncio
+import gc
+from collections.abc import Awaitable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import httpx2
+import pytest
+
+import durable
+from durable._driver import Driver
+from durable.server import RestateServer
+from durable.worker import Worker
+from tests.live.hosting import Ingress, agent_service, hosted
+from tests.live.scripted import done
+from tests.live.test_approvals import answer, end, pending, refunds, start
+
+pytestmark = pytest.mark.live
+
+WAITING = 1000
+T = TypeVar("T")
+
+
+async def in_turns(work: Sequence[Awaitable[T]]) -> list[T]:
+    """Await all of `work`, not too much of it at once."""
+    slots = asyncio.Semaphore(50)
+
+    async def one(awaitable: Awaitable[T]) -> T:
+        async with slots:
+            return await awaitable
+
+    return await asyncio.gather(*map(one, work))
+
+
+async def test_worker_and_server_are_killed_between_question_and_answer(tmp_path: Path) -> None:
+    """The question is not asked again, the answers are taken, each tool is called once."""
+    trace = tmp_path / "trace"
+    async with (
+        RestateServer() as server,
+        Worker("tests.live.waiting_app:app", env={"WAITING_TRACE": str(trace)}) as worker,
+        httpx2.AsyncClient(timeout=60, trust_env=False) as http,
+    ):
+        ingress = Ingress(server, http)
+        await server.register(worker.url)
+        invocation = await start(ingress, "Waiting/run")
+        asked = "SELECT id FROM sys_journal WHERE entry_type = 'Notification: Run' AND "
+        await ingress.until(f"{asked} id = '{invocation}'", lambda rows: len(rows) == 3)
+        first, second = await pending(ingress, invocation)
+        for one in (first, second):
+            worker.kill()
+            await server.restart()
+            await worker.start()
+            assert one.id in {waiting.id for waiting in await pending(ingress, invocation)}
+            response = await answer(ingress, invocation, call=one.id, decision="approve")
+            assert response.status_code == 200, response.text
+        assert await end(ingress, invocation) == "refund=A; refund=B"
+    assert sorted(trace.read_text().splitlines()) == ["ask A", "ask B", "refund A", "refund B"]
+
+
+async def test_a_thousand_runs_wait_at_once() -> None:
+    """None of them is in the worker's memory, and each goes on when it is answered."""
+    told: list[durable.PendingCall] = []
+
+    async def notify(pending: durable.PendingCall) -> None:
+        told.append(pending)
+
+    service = agent_service("Refunds", refunds(durable.Approvals(notify=notify)))
+    quickly = {"RESTATE_WORKER__INVOKER__INACTIVITY_TIMEOUT": "1s"}
+    async with (
+        RestateServer(env=quickly) as server,
+        hosted(server, service, durable.agent_run) as ingress,
+    ):
+        invocations = await in_turns([start(ingress) for _ in range(WAITING)])
+        suspended = "SELECT id FROM sys_invocation WHERE status = 'suspended'"
+        await ingress.until(suspended, lambda rows: len(rows) == WAITING)
+        gc.collect()
+        assert not [one for one in gc.get_objects() if isinstance(one, Driver)]
+        assert len({pending.id for pending in told}) == len(told) == WAITING
+        await in_turns(
+            [
+                answer(ingress, pending.invocation_id, call=pending.id, decision="approve")
+                for pending in told
+            ]
+        )
+        answers = await in_turns([end(ingress, invocation) for invocation in invocations])
+        assert answers == ["refund=A 10"] * WAITING
+    assert done == {"model": 2 * WAITING, "A": WAITING}
