@@ -2,7 +2,7 @@
 
 It is `restate.app` with every handler wrapped. The wrapper knows when handler code runs and when a
 step's body runs, and it turns a request that does not fit the handler's input type into a 400 that
-names the field: restate-sdk alone answers 500. A result that cannot be serialised ends the call, where
+names the field (413 when it is only too large): restate-sdk alone answers 500. A result that cannot be serialised ends the call, where
 restate-sdk alone would try for ever.
 """
 
@@ -70,7 +70,9 @@ def hosted_handler(
     async def run(context: ServerInvocationContext, *arguments: Any) -> Any:
         for argument in arguments:
             if isinstance(argument, _BadInput):
-                raise TerminalError(argument.message, status_code=400) from argument.error
+                raise TerminalError(
+                    argument.message, status_code=argument.status
+                ) from argument.error
         with handler_scope(Invocation(context=context, services=services)):
             try:
                 return await Driver(context).run(handle(context, *arguments))
@@ -80,6 +82,9 @@ def hosted_handler(
                 raise
 
     return replace(handler, fn=run, handler_io=io)
+
+
+_TOO_LARGE = {"bytes_too_long", "string_too_long", "too_long"}  # types of Pydantic's errors
 
 
 def _takes_model(handler: Handler[Any, Any]) -> bool:
@@ -95,6 +100,7 @@ class _BadInput:
 
     message: str
     error: Exception
+    status: int = 400
 
 
 class _InputSerde(Serde[Any]):
@@ -113,7 +119,8 @@ class _InputSerde(Serde[Any]):
         try:
             return self._inner.deserialize(buf)
         except ValidationError as error:
-            return _BadInput(_describe(error), error)
+            too_large = all(problem["type"] in _TOO_LARGE for problem in error.errors())
+            return _BadInput(_describe(error), error, 413 if too_large else 400)
         except Exception as error:  # noqa: BLE001 - a serde may raise anything; the caller gets a 400
             return _BadInput(f"The request body could not be read: {error}", error)
 

@@ -18,14 +18,12 @@ from agents.evaluator_optimizer import (
     generation_prompt,
     generator,
 )
-from services._limits import check_size
 
 EXAMPLE_TASK = (
     "Implement a stack in Python with push(x), pop() and getMin(). All operations take O(1) time, "
     "and pop() and getMin() on an empty stack raise IndexError."
 )
 
-MAX_TASK = 4000
 
 evaluator_optimizer = restate.Service(
     "EvaluatorOptimizerService",
@@ -38,9 +36,9 @@ class EvaluatorOptimizerRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    task: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)] = Field(
-        default=EXAMPLE_TASK, description=f"At most {MAX_TASK} characters."
-    )
+    task: Annotated[
+        str, StringConstraints(strip_whitespace=True, min_length=1, max_length=4000)
+    ] = EXAMPLE_TASK
     max_rounds: int = Field(
         default=3, ge=1, le=10, description="Rounds of a solution and its evaluation."
     )
@@ -59,8 +57,6 @@ async def run(
     ctx: restate.Context, request: EvaluatorOptimizerRequest
 ) -> EvaluatorOptimizerResponse:
     """Propose and judge solutions until one passes."""
-    check_size("task", request.task, limit=MAX_TASK)
-
     attempts: list[Attempt] = []
     for _ in range(request.max_rounds):
         # 1. A solution that answers the feedback so far.

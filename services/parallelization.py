@@ -19,7 +19,6 @@ from pydantic_ai.messages import ModelMessage, ToolCallPart, ToolReturnPart
 from restate import TerminalError
 
 from agents.parallelization import Analysis, analysis_prompt, analyst, estimator
-from services._limits import check_size
 
 EXAMPLE_PROMPT = (
     "Analyse how market changes will hit this group of stakeholders: energy and raw materials have "
@@ -44,7 +43,7 @@ MAX_TEXT = 4000
 
 STATE = "progress"
 
-Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_TEXT)]
 
 parallelization = restate.Workflow(
     "ParallelizationService",
@@ -57,12 +56,8 @@ class ParallelizationRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: Text = Field(default=EXAMPLE_PROMPT, description=f"At most {MAX_TEXT} characters.")
-    inputs: list[Text] = Field(
-        default=EXAMPLE_INPUTS,
-        min_length=1,
-        description=f"At most {MAX_INPUTS} inputs of {MAX_TEXT} characters.",
-    )
+    prompt: Text = EXAMPLE_PROMPT
+    inputs: list[Text] = Field(default=EXAMPLE_INPUTS, min_length=1, max_length=MAX_INPUTS)
 
 
 class Analysed(BaseModel):
@@ -103,7 +98,7 @@ class RunToolsRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    question: Text = Field(default=EXAMPLE_QUESTION, description=f"At most {MAX_TEXT} characters.")
+    question: Text = EXAMPLE_QUESTION
 
 
 class ToolCall(BaseModel):
@@ -126,13 +121,7 @@ async def run(
     ctx: restate.WorkflowContext, request: ParallelizationRequest
 ) -> ParallelizationResponse:
     """Apply the prompt to all inputs at once; an input that fails does not disturb the others."""
-    # 1. What is too large is refused before anything is paid for.
-    check_size("prompt", request.prompt, limit=MAX_TEXT)
-    check_size("inputs", request.inputs, limit=MAX_INPUTS)
-    for number, text in enumerate(request.inputs):
-        check_size(f"inputs.{number}", text, limit=MAX_TEXT)
-
-    # 2. One agent run per input, all at once; after a crash only those without a result run again.
+    # 1. One agent run per input, all at once; after a crash only those without a result run again.
     state = Progress(statuses=["open"] * len(request.inputs))
     ctx.set(STATE, state)
 
@@ -146,7 +135,7 @@ async def run(
         *(analyse_and_report(number, text) for number, text in enumerate(request.inputs))
     )
 
-    # 3. Failures stay in their places, unless there is nothing else.
+    # 2. Failures stay in their places, unless there is nothing else.
     if all(isinstance(result, Failed) for result in results):
         reasons = {result.error: None for result in results if isinstance(result, Failed)}
         raise TerminalError(f"All inputs failed: {'; '.join(reasons)}", status_code=502)
@@ -185,7 +174,6 @@ async def run_tools(
     ctx: restate.WorkflowSharedContext, request: RunToolsRequest
 ) -> RunToolsResponse:
     """Answer the question with one agent, which calls its tool for all figures at once."""
-    check_size("question", request.question, limit=MAX_TEXT)
     # The calls of one response run at the same time, each in a step of its own.
     result = await estimator.run(request.question)
     return RunToolsResponse(answer=result.output.answer, calls=_tool_calls(result.new_messages()))

@@ -77,7 +77,7 @@ async def test_failures_are_clear(server: RestateServer) -> None:
         async with hosted(server, evaluator_optimizer) as ingress:
             for body, status, says in [
                 ({}, 502, "output retries"),
-                ({"task": "a" * 4001}, 413, "the limit is 4,000"),
+                ({"task": "a" * 4001}, 413, "at most 4000 characters"),
                 ({"max_rounds": 0}, 400, "`max_rounds`"),
             ]:
                 response = await ingress.post(PATH, body)

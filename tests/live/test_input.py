@@ -17,7 +17,7 @@ class Request(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    text: str = "hello"
+    text: str = Field("hello", max_length=10)
     prompts: list[str] = Field(["one"], min_length=1)
 
 
@@ -40,6 +40,7 @@ def service() -> restate.Service:
         ({"prompts": ["a", 7]}, "`prompts.1`: Input should be a valid string"),
         ({"promts": ["a"]}, "`promts`: Extra inputs are not permitted"),
         ([1, 2], "`body`: Input should be an object"),
+        ({"text": "a" * 11, "prompts": []}, "`text`: String should have at most 10 characters"),
     ],
 )
 async def test_a_wrong_field_is_named(server: RestateServer, body: Any, names: str) -> None:
@@ -49,6 +50,36 @@ async def test_a_wrong_field_is_named(server: RestateServer, body: Any, names: s
         assert response.status_code == 400
         assert names in response.json()["message"]
         assert await ingress.retries("Input") == 0
+
+
+async def test_too_large(server: RestateServer) -> None:
+    """What is wrong only in its size is a 413 that names the limit."""
+    async with hosted(server, service()) as ingress:
+        response = await ingress.post("Input/run", {"text": "a" * 11})
+        assert response.status_code == 413
+        assert "`text`: String should have at most 10 characters" in response.json()["message"]
+
+
+async def test_results_that_are_no_plain_json(server: RestateServer) -> None:
+    """Models anywhere in a result are written; what cannot be written ends the call at once."""
+    service = restate.Service("Output")
+
+    @service.handler()
+    async def models(ctx: restate.Context) -> Any:
+        return [Request(), {"one": Request(text="two")}]
+
+    @service.handler()
+    async def nothing(ctx: restate.Context) -> Any:
+        return object()
+
+    async with hosted(server, service) as ingress:
+        request = {"text": "hello", "prompts": ["one"]}
+        expected = [request, {"one": {**request, "text": "two"}}]
+        assert await ingress.call("Output/models") == expected
+        response = await ingress.post("Output/nothing")
+        assert response.status_code == 500
+        assert "The result of `nothing`, a object, cannot be written" in response.json()["message"]
+        assert await ingress.retries("Output") == 0
 
 
 async def test_wrong_json(server: RestateServer) -> None:

@@ -122,8 +122,8 @@ async def test_failures_are_clear(server: RestateServer) -> None:
         async with hosted(server, orchestrator_workers) as ingress:
             for handler, body, status, says in [
                 ("run", {}, 502, "A plan has 2 to 5 tasks, and this one has 50."),
-                ("run", {"assignment": "a" * 4001}, 413, "the limit is 4,000"),
-                ("work", {"assignment": "a" * 4001}, 413, "the limit is 4,000"),
+                ("run", {"assignment": "a" * 4001}, 413, "at most 4000 characters"),
+                ("work", {"assignment": "a" * 4001}, 413, "at most 4000 characters"),
                 ("run", {"assignment": ""}, 400, "`assignment`"),
                 ("work", {"task": {"type": "a"}}, 400, "`task.description`"),
             ]:

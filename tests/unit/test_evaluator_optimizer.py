@@ -148,7 +148,7 @@ async def test_a_large_task_is_refused() -> None:
     with (
         generator.override(model=model),
         pytest.raises(
-            TerminalError, match="`task` has 4,001 characters, the limit is 4,000"
+            TerminalError, match="`task`: String should have at most 4000 characters"
         ) as caught,
     ):
         await InMemoryInvocation(run, {"task": "a" * 4001}).run()

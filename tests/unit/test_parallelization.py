@@ -181,9 +181,9 @@ async def test_progress() -> None:
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"inputs": ["a"] * (MAX_INPUTS + 1)}, "`inputs` has 51 items, the limit is 50"),
-        ({"inputs": ["a", "b" * 5000]}, "`inputs.1` has 5,000 characters, the limit is 4,000"),
-        ({"prompt": "a" * (MAX_TEXT + 1)}, "`prompt` has 4,001 characters, the limit is 4,000"),
+        ({"inputs": ["a"] * (MAX_INPUTS + 1)}, "`inputs`: List should have at most 50 items"),
+        ({"inputs": ["a", "b" * 5000]}, "`inputs.1`: String should have at most 4000 characters"),
+        ({"prompt": "a" * (MAX_TEXT + 1)}, "`prompt`: String should have at most 4000 characters"),
     ],
 )
 async def test_a_large_request_is_refused(request_: dict[str, object], message: str) -> None:
@@ -295,7 +295,9 @@ async def test_a_crash_after_any_step_of_the_tools() -> None:
 
 async def test_a_large_question_is_refused() -> None:
     """413, with the field and its limit."""
-    with pytest.raises(TerminalError, match="`question` has 4,001 characters") as caught:
+    with pytest.raises(
+        TerminalError, match="`question`: String should have at most 4000 characters"
+    ) as caught:
         await InMemoryInvocation(run_tools, {"question": "a" * 4001}, key="k").run()
     assert caught.value.status_code == 413
 
