@@ -65,6 +65,8 @@ def test_names_of_our_own() -> None:
     assert _names.declaration(TOOL) == f"{TOOL}.declared"
     assert _names.renamed(TOOL, "v2") == "a__function_toolset__<agent>.call_tool:v2"
     assert _names.TIMER == "timer"
+    assert _names.notification("a", "refund") == "a__notify:refund"
+    assert _names.external_event("a", "review") == "a__external_event.review"
     assert _names.steering_signal(0) == "agent_run.steer:0"
 
 
@@ -87,6 +89,8 @@ def test_names_of_our_own() -> None:
         "step:{function}",
         ".declared",
         "`timer`",
+        "__notify:{tool}",
+        "__external_event.{name}",
         "`agent_run.steer:{number}`",
     ],
 )
