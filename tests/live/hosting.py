@@ -57,14 +57,25 @@ class Ingress:
         )
         return [row.get("name", "") for row in rows]
 
+    async def cancel(self, service: str) -> None:
+        """Cancel the last invocation of `service`."""
+        invocation = await self.invocation(service)
+        url = f"{self.server.admin_url}/invocations/{invocation['id']}/cancel"
+        (await self.http.patch(url)).raise_for_status()
+
     async def retries(self, service: str) -> int:
-        """Return how often the last invocation of `service` was retried."""
-        return (await self.invocation(service)).get("retry_count", 0)
+        """Return how often the last invocation of `service` was retried, by the server's log.
+
+        `sys_invocation` knows of retries only while an invocation is under way.
+        """
+        invocation = await self.invocation(service)
+        _, *errors = self.server.log_file.read_text().split("Invocation error, ")
+        return sum(f"restate.invocation.id={invocation['id']}" in error for error in errors)
 
     async def invocation(self, service: str) -> dict[str, Any]:
         """Return the last invocation of `service`; what is null is left out."""
         rows = await self.server.query(
-            "SELECT id, status, retry_count, completion_result, completion_failure FROM sys_invocation "
+            "SELECT id, status, completion_result, completion_failure FROM sys_invocation "
             f"WHERE target_service_name = '{service}' ORDER BY created_at DESC LIMIT 1"
         )
         return rows[0]

@@ -3,15 +3,12 @@
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
-from datetime import timedelta
 from typing import Any
 
-import httpx2
 import pytest
 import restate
 from pydantic import BaseModel
 from pydantic_ai import Agent, ModelRetry, RunContext
-from pydantic_ai.exceptions import RunCancelled
 from pydantic_ai.messages import (
     ModelMessage,
 )
@@ -23,7 +20,7 @@ from pydantic_ai.toolsets import FunctionToolset
 
 import durable
 from durable.server import RestateServer
-from tests.live.hosting import Ingress, agent_service, hosted, serving
+from tests.live.hosting import agent_service, hosted
 from tests.live.providers import Answer, provider
 from tests.live.scripted import calls, done
 
@@ -376,111 +373,6 @@ async def test_a_function_of_yours_as_a_step(server: RestateServer) -> None:
         assert (await ingress.call("Own/run")).startswith("audited success")
         assert (await ingress.steps("Own")).count("step:audit") == 2
     assert done == {"audit": 2, "look_up": 2}
-
-
-async def test_cancelling_ends_the_run_and_keeps_its_messages(
-    server: RestateServer, request: pytest.FixtureRequest
-) -> None:
-    """A cancelled invocation stops the step in flight; the handler can save what there is."""
-    agent = Agent(calls("hang"), name="cancelled", capabilities=[durable.RestateDurability()])
-    service = restate.Service("Cancelled")
-    hanging = asyncio.Event()
-    saved: list[int] = []
-
-    @agent.tool_plain
-    async def hang() -> str:
-        hanging.set()
-        try:
-            await asyncio.sleep(3)
-        except asyncio.CancelledError:
-            done["stopped"] += 1
-            raise
-        return "never"
-
-    @service.handler()
-    async def run(ctx: restate.Context) -> str:
-        try:
-            return (await agent.run("go")).output
-        except restate.TerminalError as error:
-            cancelled = RunCancelled.from_cancellation(error)
-            assert cancelled is not None
-            saved.append(len(cancelled.all_messages()))
-            raise
-
-    async with hosted(server, service) as ingress:
-        call = asyncio.create_task(ingress.post("Cancelled/run"))
-        await hanging.wait()
-        invocation = await ingress.invocation("Cancelled")
-        await ingress.http.patch(f"{server.admin_url}/invocations/{invocation['id']}/cancel")
-        response = await call
-        assert response.status_code == 409
-    assert saved[-1] == 3
-    # a server that always replays has closed its side: the step learns of the cancellation after its end
-    stopped = {} if "always-replay" in request.node.name else {"stopped": 1}
-    assert done == {"model": 1, **stopped}
-
-
-async def test_sleeps_and_timeouts_are_durable(server: RestateServer) -> None:
-    """asyncio's own timers in handler code are Restate's, in tasks of any number."""
-    service = restate.Service("Timers")
-
-    @service.handler()
-    async def run(ctx: restate.Context) -> list[str]:
-        seen: list[str] = []
-
-        async def branch(tenths: int) -> None:
-            await asyncio.sleep(tenths / 10)
-            seen.append(await ctx.run_typed("step", lambda: f"{tenths}"))
-
-        async with asyncio.TaskGroup() as group:
-            for tenths in (3, 1, 2, 0):
-                group.create_task(branch(tenths))
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.1):
-                await ctx.sleep(timedelta(seconds=30))
-        return seen
-
-    async with hosted(server, service) as ingress:
-        assert await ingress.call("Timers/run") == ["0", "1", "2", "3"]
-
-
-async def test_a_changed_agent_is_told_what_to_do(
-    server: RestateServer, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A run in flight whose agent was renamed is not lost: it goes on when its code is back."""
-    agents = [
-        Agent(calls(), name=name, capabilities=[durable.RestateDurability()])
-        for name in ("before", "after", "before")
-    ]
-    service = restate.Service("Drift")
-    attempts: list[Agent] = []
-
-    @service.handler()
-    async def run(ctx: restate.Context) -> str:
-        attempts.append(agents[min(len(attempts), 2)])
-        output = (await attempts[-1].run("go")).output
-        if len(attempts) == 1:
-            raise RuntimeError("the worker is updated now")
-        return output
-
-    async with hosted(server, service) as ingress:
-        assert await ingress.call("Drift/run") == "hello"
-    assert "`run` does not fit the journal of inv_" in caplog.text
-    assert "before__model.request != after__model.request" in caplog.text
-    assert "Register the earlier version as a deployment of its own" in caplog.text
-
-
-async def test_a_handler_elsewhere_is_refused_at_once(server: RestateServer) -> None:
-    """With `restate.app` steps could not run in parallel: the error says which line to change."""
-    agent = Agent(calls(), name="elsewhere", capabilities=[durable.RestateDurability()])
-    service = agent_service("Elsewhere", agent)
-
-    async with serving(restate.app([service])) as url, httpx2.AsyncClient(trust_env=False) as http:
-        await server.register(url)
-        response = await Ingress(server, http).post("Elsewhere/run")
-        assert response.status_code == 500
-        assert "durable.app([...services])" in response.json()["message"]
-    assert done["model"] == 0
 
 
 async def test_a_long_step_is_visible_while_it_runs(server: RestateServer) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections import Counter, defaultdict
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -14,10 +14,11 @@ from pydantic_ai.exceptions import RunTimedOut
 from pydantic_ai.messages import ModelMessage, ModelResponse, TextPart, ToolCallPart
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_ai.models.test import TestModel
+from restate.exceptions import RetryableError
 
 import durable
 from durable.server import RestateServer
-from tests.live.hosting import agent_service, hosted
+from tests.live.hosting import after, agent_service, hosted
 
 pytestmark = pytest.mark.live
 
@@ -131,6 +132,32 @@ async def test_a_timeout_counts_from_the_first_attempt(server: RestateServer) ->
 
     async with hosted(server, service) as ingress:
         assert await ingress.call("Deadline/run") == "timed out"
+
+
+async def test_the_deadline_is_the_same_in_every_attempt(server: RestateServer) -> None:
+    """Attempts that are each shorter than the limit come to its end together."""
+    agent = Agent(TestModel(), name="attempts", capabilities=[durable.RestateDurability()])
+    service = restate.Service("Attempts")
+    tries: list[None] = []
+
+    @agent.tool_plain
+    async def later() -> str:
+        tries.append(None)
+        if len(tries) < 4:
+            raise RetryableError("not yet", retry_after=timedelta(seconds=0.5))
+        return "in time"
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> str:
+        try:
+            return (await agent.run("go", timeout=1.2)).output
+        except RunTimedOut:
+            await ctx.run_typed("after", after)
+            return "timed out"
+
+    async with hosted(server, service) as ingress:
+        assert await ingress.call("Attempts/run") == "timed out"
+    assert 1 < len(tries) < 4
 
 
 async def test_test_models_can_be_put_in(server: RestateServer) -> None:

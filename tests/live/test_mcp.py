@@ -317,8 +317,7 @@ async def test_cancelling_ends_the_session(
     async with hosted(server, service) as ingress:
         answer = asyncio.create_task(ingress.post("McpCancelled/run"))
         await until(lambda: trace.events()["call hang"] > 0)
-        invocation = await ingress.invocation("McpCancelled")
-        await ingress.http.patch(f"{server.admin_url}/invocations/{invocation['id']}/cancel")
+        await ingress.cancel("McpCancelled")
         assert (await answer).status_code == 409
     await until_closed(trace)
 
