@@ -13,6 +13,7 @@ from durable._app import app
 from durable._approvals import Approvals
 from durable._capability import RestateDurability
 from durable._context import restate_context
+from durable._hosted_tools import HostedTool, HostedToolset
 from durable._journaled import step
 from durable._operation_backend import idempotency_key
 from durable._options import DEFAULT_RUN_OPTIONS
@@ -23,6 +24,8 @@ __all__ = [
     "Approvals",
     "Approve",
     "Deny",
+    "HostedTool",
+    "HostedToolset",
     "PendingCall",
     "RestateDurability",
     "SteeringMessage",

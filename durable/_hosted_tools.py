@@ -1,20 +1,20 @@
 """Hosted tools: a handler of a Restate service is the tool of an agent.
 
 The model's call becomes a Restate call: an invocation with a journal, retries and a line in the UI of its
-own, in this process, in another one or in another language. It is made in handler code, where
-parallel calls run beside each other, and it is an entry of the run's journal, so it is made exactly once
-without an idempotency key: on replay the entry stands for the same invocation.
+own, in this process, in another one or in another language. It is made in handler code, so parallel
+calls run beside each other, and it is an entry of the run's journal, so it is made exactly once without
+an idempotency key: on replay the entry stands for the same invocation.
 
-A handler that is given as a function brings its types along, as a function tool does. One that is given
-by name is looked up in the server: what the admin API says about a service is journaled in a step.
+A handler given as a function brings its types along, as a function tool does. One given by name is
+looked up in the server: what the admin API says about its service is journaled in a step.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import KW_ONLY, dataclass
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 from urllib.parse import quote
 
 import anyio
@@ -25,9 +25,9 @@ from pydantic_ai.toolsets import AbstractToolset, ToolsetTool
 from pydantic_core import SchemaValidator, core_schema
 from restate import Context, TerminalError
 
-from durable._context import Invocation, current_invocation
+from durable._context import current_invocation
 from durable._driver import InvocationCancelled
-from durable._hosted_handlers import HostedHandler, from_description, from_function
+from durable._hosted_handlers import HostedHandler, from_description, from_function, reduced
 from durable._names import hosted_toolset
 from durable._operation_backend import run_step
 from durable._options import StepOptions
@@ -38,18 +38,18 @@ _NOT_FOUND = 404
 
 @dataclass(frozen=True)
 class HostedTool:
-    """A handler as a tool, with how it is called."""
+    """A handler as a tool, and how it is called."""
 
     handler: Callable[..., Awaitable[Any]] | str
-    """A function decorated with `@service.handler()` or the like, or `"Service/handler"` for one that the
-    server knows, or `"Service"` for all public handlers of a service."""
+    """A function decorated with `@service.handler()` or the like; `"Service/handler"` for one that the
+    server knows, or `"Service"` for all handlers of a service but the private ones."""
 
     _: KW_ONLY
 
     key: str | Callable[[RunContext[Any]], str] | None = None
     """The key of the virtual object or workflow: the name of an argument that the model fills in, which may
-    be one that the handler has anyway, or a function of the run context, for a key that is not the
-    model's to choose. `key=durable.idempotency_key` starts a workflow of its own for each call."""
+    be one that the handler has anyway, or a function of the run context where the key is not the
+    model's to choose. `key=durable.idempotency_key` is a workflow of its own for each call."""
 
     name: str | None = None
     """The tool's name, by default the handler's."""
@@ -63,13 +63,108 @@ class HostedTool:
     timeout: float | None = None
     """Seconds after which the call is cancelled and the model may try again."""
 
+    def faults(self) -> list[str]:
+        """Return what is wrong with the options by themselves."""
+        found: list[str] = []
+        if isinstance(self.handler, str):
+            parts = self.handler.split("/")
+            if not all(parts) or len(parts) > 2:
+                found.append(f'{self.handler!r} is neither "Service" nor "Service/handler"')
+            elif self.name is not None and len(parts) == 1:
+                found.append(
+                    f"{self.handler!r} may have several handlers, so it cannot have a `name`"
+                )
+        if isinstance(self.key, str) and not self.key.isidentifier():
+            found.append(f"the `key` {self.key!r} cannot be the name of an argument")
+        if self.delay is not None and self.delay < timedelta(0):
+            found.append(f"`delay` must not be negative, got {self.delay!r}")
+        if self.timeout is not None and self.timeout <= 0:
+            found.append(f"`timeout` must be positive, got {self.timeout!r}")
+        if self.timeout is not None and (self.send or self.delay is not None):
+            found.append("`timeout` has no effect on what is sent")
+        return found
+
+
+@dataclass(frozen=True)
+class _Tool:
+    """A hosted tool whose handler is known."""
+
+    options: HostedTool
+    handler: HostedHandler
+
+    @property
+    def name(self) -> str:
+        return self.options.name or self.handler.name
+
+    @property
+    def sends(self) -> bool:
+        return self.options.send or self.options.delay is not None
+
+    def faults(self) -> list[str]:
+        key = self.options.key
+        if self.handler.keyed and key is None:
+            return [
+                f'`{self.handler}` needs a key: `HostedTool(..., key="…")` names the argument that is the key'
+            ]
+        if not self.handler.keyed and key is not None:
+            return [f"`{self.handler}` belongs to a service, which has no keys: leave `key` out"]
+        own = self.handler.parameters["properties"].get(key) if isinstance(key, str) else None
+        if own is not None and own.get("type") not in ("string", "integer"):
+            return [f"the key of `{self.handler}` is text, which its argument `{key}` is not"]
+        return []
+
+    def definition(self) -> ToolDefinition:
+        parameters, key = self.handler.parameters, self.options.key
+        if isinstance(key, str):
+            described = {
+                "type": "string",
+                "minLength": 1,
+                "description": self.handler.key_description
+                or f"Key of the `{self.handler.service}`.",
+            }
+            required = dict.fromkeys([key, *parameters.get("required", [])])
+            parameters = {
+                **parameters,
+                "properties": {key: described, **parameters["properties"]},
+                "required": list(required),
+            }
+        return ToolDefinition(
+            name=self.name,
+            parameters_json_schema=parameters,
+            description=self.handler.description,
+            return_schema=self.handler.result,
+            timeout=self.options.timeout,
+        )
+
+    def check(self, ctx: RunContext[Any], /, **arguments: Any) -> None:
+        self.request(arguments, ctx)
+
+    def request(self, arguments: dict[str, Any], ctx: RunContext[Any]) -> tuple[str | None, bytes]:
+        """Return the key and the body of the request, or raise what makes the model try again."""
+        key = self.options.key
+        if not isinstance(key, str):
+            return None if key is None else key(ctx), self.handler.encode(arguments)
+        value = arguments.get(key)
+        if not isinstance(value, str | int) or not str(value):
+            raise ModelRetry(f"`{key}` must say which `{self.handler.service}` the call is for.")
+        if key not in self.handler.parameters["properties"]:
+            arguments = {name: it for name, it in arguments.items() if name != key}
+        return str(value), self.handler.encode(arguments)
+
+    def sent(self, invocation_id: str) -> dict[str, Any]:
+        """Return what the model is told about an invocation that it does not wait for."""
+        delay = self.options.delay
+        when = {} if delay is None else {"starts_in_seconds": delay.total_seconds()}
+        return {"status": "sent", "invocation_id": invocation_id, **when}
+
 
 class HostedToolset(AbstractToolset[AgentDepsT]):
     """Handlers of Restate services as tools.
 
     In a handler that `durable.app` hosts, a tool call is a Restate call. Arguments are validated before.
-    A terminal error of the handler is told to the model as a failed call; other failures are retried
-    by Restate. When the run is cancelled or times out, so are the calls it waits for; what was sent stays.
+    The model is told of a terminal error of the handler as a failed call; other failures are retried by
+    Restate. When the run is cancelled or times out, so are the calls that it waits for; what was sent
+    goes on.
 
     Example:
         ```python
@@ -96,13 +191,13 @@ class HostedToolset(AbstractToolset[AgentDepsT]):
         """Create the toolset.
 
         Args:
-            tools: The handlers; a `HostedTool` where one needs options.
+            tools: The handlers, each in a `HostedTool` if it needs options.
             id: Names the toolset, and in the journal the step that looks services up.
-            admin_url: The server's admin API, to look up handlers given by name. Handlers given as
-                functions need it when another app hosts them.
+            admin_url: The server's admin API, where handlers given by name are looked up, and functions
+                that another app hosts.
             ingress_url: The server's ingress. With it, the tools also work outside a handler and inside a
-                step, in notebooks and evals for instance, as ordinary requests.
-            headers: Sent with requests to these URLs, such as `Authorization`.
+                step, in a notebook for instance, as HTTP requests.
+            headers: Sent with the requests to both, such as `Authorization`.
 
         Raises:
             UserError: When something does not fit, all of it in one message.
@@ -112,15 +207,21 @@ class HostedToolset(AbstractToolset[AgentDepsT]):
         self._ingress_url = ingress_url
         self._headers = dict(headers or {})
         given = [tool if isinstance(tool, HostedTool) else HostedTool(tool) for tool in tools]
-        self._by_name = [tool for tool in given if isinstance(tool.handler, str)]
-        found = _Found()
+        faults = [fault for tool in given for fault in tool.faults()]
+        known: list[_Tool] = []
+        self._by_name: list[tuple[HostedTool, str, str]] = []
         for tool in given:
-            found.check(tool)
-            if callable(tool.handler):
-                found.add(tool, lambda tool=tool: from_function(tool.handler, tool.key))
+            if isinstance(tool.handler, str):
+                service, _, handler = tool.handler.partition("/")
+                self._by_name.append((tool, service, handler))
+                continue
+            try:
+                known.append(_Tool(tool, from_function(tool.handler, tool.key)))
+            except UserError as error:
+                faults.append(str(error))
         if self._by_name and admin_url is None:
-            found.faults.append("handlers given by name are looked up in the server: give `admin_url`")
-        self._tools = found.tools(id)
+            faults.append("handlers given by name are looked up in the server: give `admin_url`")
+        self._tools = self._collected(known, faults)
 
     @property
     def id(self) -> str:
@@ -129,8 +230,8 @@ class HostedToolset(AbstractToolset[AgentDepsT]):
 
     @property
     def tool_name_conflict_hint(self) -> str:
-        """What to do about a name that another toolset has, too."""
-        return "Give one of them another name with `HostedTool(..., name=...)`."
+        """What to do when another toolset has a tool of the same name."""
+        return "Name it differently with `HostedTool(..., name=...)`, or use `.prefixed(...)`."
 
     async def for_run(self, ctx: RunContext[AgentDepsT]) -> "HostedToolset[AgentDepsT]":
         """Look up what this app does not host, in one step.
@@ -138,8 +239,176 @@ class HostedToolset(AbstractToolset[AgentDepsT]):
         Raises:
             UserError: When the server does not know it: Restate would try to call it again and again.
         """
-        named = {cast(str, tool.handler).partition("/")[0] for tool in self._by_name}
-        elsewhere = self._elsewhere(current_invocation())
-        if not (services := sorted(named | {tool.handler.service for tool in elsewhere})):
+        invocation = current_invocation()
+        hosted = frozenset[str]() if invocation is None else invocation.services
+        elsewhere = [
+            tool.handler
+            for tool in self._tools.values()
+            if hosted and tool.handler.service not in hosted
+        ]
+        if elsewhere and self._admin_url is None:
+            names = ", ".join(f"`{handler}`" for handler in elsewhere)
+            raise UserError(
+                f"{self.label} calls {names}, which this app does not host. Add the service: "
+                "`durable.app([..., service])`. If another app hosts it, give the toolset an `admin_url`, so "
+                "that it can be looked up: Restate would try to call what is not there again and again."
+            )
+        asked = [(handler.service, handler.name) for handler in elsewhere]
+        asked += [(service, name) for _, service, name in self._by_name]
+        if not asked:
             return self
-        described = await self._look_up(services)
+        services = await self._look_up(sorted({service for service, _ in asked}))
+        faults = _unknown(asked, services)
+        found = [
+            _Tool(tool, from_description(description, handler))
+            for tool, service, name in self._by_name
+            if (description := services[service]) is not None
+            for handler, it in description["handlers"].items()
+            if (it["public"] if not name else handler == name)
+        ]
+        run = copy(self)
+        run._tools = self._collected([*self._tools.values(), *found], faults)
+        return run
+
+    async def get_tools(self, ctx: RunContext[AgentDepsT]) -> dict[str, ToolsetTool[AgentDepsT]]:
+        """Return the handlers as tools."""
+        return {
+            name: ToolsetTool(
+                toolset=self,
+                tool_def=tool.definition(),
+                max_retries=ctx.max_retries,
+                args_validator=_ARGUMENTS,
+                args_validator_func=tool.check,
+            )
+            for name, tool in self._tools.items()
+        }
+
+    async def call_tool(
+        self,
+        name: str,
+        tool_args: dict[str, Any],
+        ctx: RunContext[AgentDepsT],
+        tool: ToolsetTool[AgentDepsT],
+    ) -> Any:
+        """Call the handler, or send the request to it.
+
+        Raises:
+            ToolFailed: With the handler's terminal error.
+            ModelRetry: When the tool's `timeout` has passed.
+            UserError: Outside a handler or inside a step, without an `ingress_url`.
+        """
+        hosted, invocation, timeout = self._tools[name], current_invocation(), tool.tool_def.timeout
+        key, body = hosted.request(tool_args, ctx)
+        try:
+            async with asyncio.timeout(timeout):
+                if invocation is not None:
+                    return await _call(invocation.context, hosted, key, body)
+                return await self._post(hosted, key, body)
+        except TimeoutError:
+            raise ModelRetry(f"Timed out after {timeout} seconds.") from None
+
+    def _collected(self, tools: Sequence[_Tool], faults: list[str]) -> dict[str, _Tool]:
+        """Return the tools by name, or raise `UserError` with the faults and those of the tools."""
+        faults = [*faults, *(fault for tool in tools for fault in tool.faults())]
+        by_name: dict[str, _Tool] = {}
+        for tool in tools:
+            if (other := by_name.setdefault(tool.name, tool)) is not tool:
+                faults.append(
+                    f"`{other.handler}` and `{tool.handler}` are both named `{tool.name}`: give one "
+                    "another `name`"
+                )
+        if faults:
+            raise UserError(f"{self.label}: {'; '.join(faults)}.")
+        return by_name
+
+    async def _look_up(self, services: Sequence[str]) -> dict[str, Any]:
+        async def describe() -> dict[str, Any]:
+            async with self._http() as http:
+                return {service: await self._describe(http, service) for service in services}
+
+        if current_invocation() is None:
+            return await describe()
+        found: Any = await run_step(hosted_toolset(self._id), describe, StepOptions())
+        return found
+
+    async def _describe(self, http: httpx2.AsyncClient, service: str) -> dict[str, Any] | None:
+        url = f"{self._admin_url}/services/{quote(service, safe='')}"
+        try:
+            answer = await http.get(url)
+        except httpx2.TransportError as error:
+            raise ConnectionError(
+                f"The server's admin API does not answer at {url} ({error!r})."
+            ) from error
+        if answer.status_code == _NOT_FOUND:
+            return None
+        if answer.is_client_error:
+            raise UserError(f"The server's admin API answered {answer.status_code} at {url}.")
+        return reduced(answer.raise_for_status().json())
+
+    async def _post(self, tool: _Tool, key: str | None, body: bytes) -> Any:
+        """Call over the ingress, for code that runs outside Restate."""
+        if self._ingress_url is None:
+            raise UserError(
+                f"The hosted tool `{tool.name}` is called by a handler that `durable.app` hosts, but this "
+                "code runs outside one, or inside a step. Run the agent in the handler itself, or give "
+                "`HostedToolset(..., ingress_url=...)` to call it over HTTP."
+            )
+        path = [tool.handler.service, key, tool.handler.name, "send" if tool.sends else None]
+        url = "/".join([self._ingress_url, *(quote(it, safe="") for it in path if it is not None)])
+        delay = tool.options.delay
+        async with self._http() as http:
+            answer = await http.post(
+                url,
+                content=body,
+                headers={"content-type": "application/json"} if body else {},
+                params=None
+                if delay is None
+                else {"delay": f"{delay / timedelta(milliseconds=1):.0f}ms"},
+            )
+        if answer.is_error:
+            problem = answer.json()
+            if problem.get("source") == "ingress" and answer.status_code == _NOT_FOUND:
+                raise UserError(f"`{tool.handler}` cannot be called: {problem['message']}.")
+            raise ToolFailed(problem["message"])
+        if tool.sends:
+            return tool.sent(answer.json()["invocationId"])
+        return tool.handler.decode(answer.content)
+
+    def _http(self) -> httpx2.AsyncClient:
+        # trust_env: a proxy from the environment must not get requests to loopback
+        return httpx2.AsyncClient(
+            headers=self._headers, trust_env=False, timeout=httpx2.Timeout(None, connect=10)
+        )
+
+
+async def _call(context: Context, tool: _Tool, key: str | None, body: bytes) -> Any:
+    service, handler = tool.handler.service, tool.handler.name
+    if tool.sends:
+        handle = context.generic_send(service, handler, body, key, tool.options.delay)
+        return tool.sent(await handle.invocation_id())
+    call = context.generic_call(service, handler, body, key)
+    try:
+        response = await call
+    except asyncio.CancelledError:
+        with anyio.CancelScope(shield=True):
+            context.cancel_invocation(await call.invocation_id())
+        raise
+    except InvocationCancelled:
+        raise  # Restate has cancelled the call as well
+    except TerminalError as error:
+        raise ToolFailed(error.message) from error
+    return tool.handler.decode(response)
+
+
+def _unknown(
+    asked: Sequence[tuple[str, str]], services: Mapping[str, dict[str, Any] | None]
+) -> list[str]:
+    faults: list[str] = []
+    for service, handler in dict.fromkeys(asked):
+        description = services[service]
+        if description is None:
+            faults.append(f"the server knows no service `{service}`: register what hosts it")
+        elif handler and handler not in description["handlers"]:
+            there = ", ".join(f"`{name}`" for name in description["handlers"])
+            faults.append(f"`{service}` has no handler `{handler}`; it has {there}")
+    return faults

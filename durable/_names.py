@@ -34,6 +34,11 @@ def steering_signal(number: int) -> str:
     return f"agent_run.steer:{number}"
 
 
+def hosted_toolset(toolset: str) -> str:
+    """Name the step that looks up the services of a `HostedToolset`."""
+    return f"hosted_toolset__{toolset}.get_tools"
+
+
 def own_step(function: str) -> str:
     """Name the step of a function decorated with `durable.step`."""
     return f"step:{function}"

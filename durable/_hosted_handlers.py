@@ -1,0 +1,227 @@
+"""What a hosted handler takes and returns, from the types of a function or from the server's description.
+
+Either way the parameters of the tool are the fields of the handler's input where that is an object, else one
+parameter that is the input. PydanticAI's own reading of a function decides for functions, docstring
+included; a description of the server holds JSON schemas, which other languages fill in too.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from inspect import Parameter, Signature, signature
+from typing import Any, cast
+
+from pydantic import TypeAdapter
+from pydantic.errors import PydanticUserError
+from pydantic_ai.exceptions import ModelRetry, UserError
+from pydantic_ai.tools import Tool
+from pydantic_core import from_json, to_json
+from restate.serde import DefaultSerde, PydanticJsonSerde
+
+from durable._sdk import Handler, handler_from_callable
+
+_INPUT = "input"
+"""The parameter that is the whole input of a handler by name, whose own parameter has no name here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostedHandler:
+    """A handler, as much of it as a call needs."""
+
+    service: str
+    name: str
+
+    keyed: bool
+    """Whether it belongs to a virtual object or a workflow."""
+
+    description: str | None
+
+    parameters: dict[str, Any]
+    """The JSON schema of the arguments."""
+
+    result: dict[str, Any]
+    """The JSON schema of what it returns."""
+
+    encode: Callable[[dict[str, Any]], bytes]
+    """Makes the request of the arguments, or raises what makes the model try again."""
+
+    decode: Callable[[bytes], Any]
+    """Reads the response."""
+
+    key_description: str | None = None
+    """What the docstring says about the argument that is the key."""
+
+    def __str__(self) -> str:
+        """Return how the server calls it."""
+        return f"{self.service}/{self.name}"
+
+
+def from_function(function: Callable[..., Any], key: object) -> HostedHandler:
+    """Return the handler behind a decorated `function`.
+
+    Args:
+        function: What `@service.handler()` and the like returned.
+        key: The name of the argument that is the key, if it has one.
+
+    Raises:
+        UserError: When it is not a handler, or its types cannot become those of a tool.
+    """
+    try:
+        handler: Handler[Any, Any] = handler_from_callable(function)
+    except (ValueError, TypeError):
+        raise UserError(
+            f"`{getattr(function, '__name__', function)}` is not a handler: decorate it with "
+            "`@service.handler()`, or make it an ordinary tool"
+        ) from None
+    tag, io = handler.service_tag, handler.handler_io
+    own = list(signature(handler.fn, eval_str=True).parameters.values())[1:]
+    types = {it.name: Any if it.annotation is Parameter.empty else it.annotation for it in own}
+    try:
+        tool = _as_tool(handler, types)
+        adapters = {name: TypeAdapter[Any](type_) for name, type_ in types.items()}
+    except PydanticUserError as error:
+        raise UserError(
+            f"`{tag.name}/{handler.name}` has no types with a JSON schema: {error.message.splitlines()[0]}"
+        ) from error
+    schema = tool.function_schema
+
+    def encode(arguments: dict[str, Any]) -> bytes:
+        values = schema.validator.validate_json(to_json(arguments))
+        for name, adapter in adapters.items():
+            if values[name] is None:
+                break  # as the SDK does it
+            if isinstance(io.input_serde, (DefaultSerde, PydanticJsonSerde)):
+                return adapter.dump_json(values[name], by_alias=True, round_trip=True)
+            return io.input_serde.serialize(values[name])
+        return b""
+
+    def decode(response: bytes) -> Any:
+        try:
+            return io.output_serde.deserialize(response)
+        except ValueError as error:  # Pydantic's would be taken for a mistake of the model
+            raise UserError(
+                f"`{tag.name}/{handler.name}` returned what does not fit its return type: another version of "
+                "it answered."
+            ) from error
+
+    return HostedHandler(
+        service=tag.name,
+        name=handler.name,
+        keyed=tag.kind != "service",
+        description=tool.description,
+        parameters=schema.json_schema,
+        result=schema.return_schema,
+        encode=encode,
+        decode=decode,
+        key_description=_described(handler, key) if isinstance(key, str) else None,
+    )
+
+
+def _as_tool(handler: Handler[Any, Any], types: Mapping[str, Any]) -> Tool[None]:
+    """Return the tool that PydanticAI makes of a function with these parameters and the handler's docstring."""
+
+    def function(**_: Any) -> None: ...
+
+    parameters = [Parameter(name, Parameter.KEYWORD_ONLY, annotation=types[name]) for name in types]
+    returned = signature(handler.fn, eval_str=True).return_annotation
+    returned = {} if returned is Signature.empty else {"return": returned}
+    function.__name__ = function.__qualname__ = handler.name
+    function.__doc__ = handler.description
+    function.__annotations__ = {**types, **returned}
+    cast(Any, function).__signature__ = Signature(parameters)
+    return Tool(function, takes_ctx=False)
+
+
+def _described(handler: Handler[Any, Any], parameter: str) -> str | None:
+    schema = _as_tool(handler, {parameter: str}).function_schema.json_schema
+    return schema["properties"][parameter].get("description")
+
+
+def from_description(service: Mapping[str, Any], name: str) -> HostedHandler:
+    """Return a handler that the server knows.
+
+    Args:
+        service: What the admin API says about the service, reduced by `reduced`.
+        name: The handler's.
+    """
+    handler = service["handlers"][name]
+    schema: dict[str, Any] | None = handler["input"]
+    if schema is None:
+        parameters: dict[str, Any] = _object({})
+    elif schema.get("type") == "object" and "properties" in schema:
+        parameters = schema
+    else:
+        schema = dict(schema)
+        definitions = {it: schema.pop(it) for it in ("$defs", "definitions") if it in schema}
+        parameters = {**_object({_INPUT: schema}), **definitions}
+    check = _validator(parameters)
+
+    def encode(arguments: dict[str, Any]) -> bytes:
+        check(arguments)
+        if schema is None:
+            return b""
+        return to_json(arguments if parameters is handler["input"] else arguments[_INPUT])
+
+    return HostedHandler(
+        service=service["name"],
+        name=name,
+        keyed=service["keyed"],
+        description=handler["documentation"] or (schema or {}).get("description"),
+        parameters=parameters,
+        result=handler["output"] or {},
+        encode=encode,
+        decode=_read,
+    )
+
+
+def _object(properties: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def reduced(service: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is needed of the admin API's description of a service; it goes into the journal."""
+    return {
+        "name": service["name"],
+        "keyed": service["ty"] != "Service",
+        "handlers": {
+            handler["name"]: {
+                "documentation": handler.get("documentation"),
+                "public": handler.get("public", True),
+                "input": None
+                if handler.get("input_description") == "none"
+                else handler.get("input_json_schema") or {},
+                "output": handler.get("output_json_schema"),
+            }
+            for handler in service["handlers"]
+        },
+    }
+
+
+def _validator(schema: dict[str, Any]) -> Callable[[Any], None]:
+    # as long to import as all of PydanticAI's models together, and only for handlers by name
+    from jsonschema import Draft202012Validator  # noqa: PLC0415
+
+    validator: Any = Draft202012Validator(schema)
+
+    def check(value: Any) -> None:
+        problems = [
+            f"`{'.'.join(map(str, error.path)) or 'arguments'}`: {error.message}"
+            for error in validator.iter_errors(value)
+        ]
+        if problems:
+            raise ModelRetry(f"The arguments do not fit: {'; '.join(problems)}.")
+
+    return check
+
+
+def _read(response: bytes) -> Any:
+    if not response:
+        return None
+    try:
+        return from_json(response)
+    except ValueError:  # not JSON: the handler says `text/plain`, for instance
+        return response.decode(errors="replace")
