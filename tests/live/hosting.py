@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import httpx2
@@ -15,6 +16,11 @@ from pydantic_ai import Agent
 import durable
 from durable._process import free_ports
 from durable.server import RestateServer
+
+AT_MOST_TWICE = restate.InvocationRetryPolicy(
+    initial_interval=timedelta(milliseconds=10), max_attempts=2, on_max_attempts="kill"
+)
+"""Ends what should have ended at once."""
 
 
 @dataclass

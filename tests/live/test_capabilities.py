@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import restate
@@ -14,6 +15,7 @@ from pydantic_ai.capabilities import (
     ProcessHistory,
     durable_operation,
 )
+from pydantic_ai.exceptions import UsageLimitExceeded
 from pydantic_ai.messages import (
     ModelMessage,
     ModelRequest,
@@ -81,6 +83,81 @@ async def test_operations_of_capabilities_are_steps(server: RestateServer) -> No
             "after",
         ]
     assert done == {"model": 2, "book": 10}
+
+
+memory = restate.VirtualObject("Memories")
+
+
+@memory.handler()
+async def remember(ctx: restate.ObjectContext, fact: str) -> None:
+    """Keep a fact, and count the calls."""
+    done["remember"] += 1
+    ctx.set("facts", [*(await ctx.get("facts", type_hint=list[str]) or []), fact])
+
+
+@memory.handler()
+async def spend(ctx: restate.ObjectContext, amount: int) -> int:
+    """Book an amount and return the new total."""
+    total = (await ctx.get("spent", type_hint=int) or 0) + amount
+    ctx.set("spent", total)
+    return total
+
+
+@memory.handler()
+async def facts(ctx: restate.ObjectContext) -> list[str]:
+    """Return what was kept."""
+    return await ctx.get("facts", type_hint=list[str]) or []
+
+
+class Remembering(AbstractCapability[str]):
+    """A memory and a budget for each user, in a virtual object."""
+
+    async def before_model_request(
+        self, ctx: RunContext[str], request_context: ModelRequestContext
+    ) -> ModelRequestContext:
+        total = await durable.restate_context().object_call(spend, key=ctx.deps, arg=5)
+        if total > 20:
+            raise UsageLimitExceeded(f"{ctx.deps} has spent {total}")
+        return request_context
+
+
+async def test_memory_and_budget_in_a_virtual_object(server: RestateServer) -> None:
+    """What a run learns is there for the next one, and what it spends is booked once."""
+    agent = Agent(
+        script([call("recall")], [call("keep", fact="likes tea")]),
+        name="remembering",
+        deps_type=str,
+        capabilities=[Remembering(), durable.RestateDurability()],
+    )
+    service = restate.Service("Remembering")
+
+    @agent.tool(metadata={"restate": False})
+    async def recall(ctx: RunContext[str]) -> str:
+        known = await durable.restate_context().object_call(facts, key=ctx.deps, arg=None)
+        recalled.append(known)
+        return str(known)
+
+    @agent.tool(metadata={"restate": False})
+    async def keep(ctx: RunContext[str], fact: str) -> str:
+        await durable.restate_context().object_call(remember, key=ctx.deps, arg=fact)
+        return "kept"
+
+    @service.handler()
+    async def run(ctx: restate.Context, user: str) -> str:
+        recalled.clear()
+        await agent.run("go", deps=user)
+        await ctx.run_typed("after", after)
+        return str(recalled[-1])
+
+    recalled: list[list[str]] = []
+    user = uuid4().hex
+    async with hosted(server, service, memory) as ingress:
+        assert await ingress.call("Remembering/run", user) == "[]"
+        response = await ingress.post("Remembering/run", user)
+        assert response.status_code == 429
+        assert f"{user} has spent 25" in response.json()["message"]
+        assert recalled[-1] == ["likes tea"]
+    assert done == {"model": 4, "remember": 1}
 
 
 async def test_history_is_shortened_once(server: RestateServer) -> None:

@@ -16,7 +16,7 @@ from pydantic_ai.usage import UsageLimits
 
 import durable
 from durable.server import RestateServer
-from tests.live.hosting import Ingress, agent_service, hosted, serving
+from tests.live.hosting import AT_MOST_TWICE, Ingress, agent_service, hosted, serving
 from tests.live.scripted import calls, done
 
 pytestmark = pytest.mark.live
@@ -47,11 +47,6 @@ async def test_sleeps_and_timeouts_are_durable(server: RestateServer) -> None:
         # the sleep of no seconds takes none; the one in the handler, and its timeout
         assert len(await ingress.entries("Timers", "Sleep")) == 3 + 2
 
-
-AT_MOST_TWICE = restate.InvocationRetryPolicy(
-    initial_interval=timedelta(milliseconds=10), max_attempts=2, on_max_attempts="kill"
-)
-"""Ends what should have ended at once."""
 
 in_a_group = pytest.mark.xfail(
     strict=True, reason="an exception group is retried, although what is in it is hopeless"

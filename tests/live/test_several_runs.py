@@ -3,11 +3,13 @@
 import asyncio
 from collections import Counter
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import restate
-from pydantic_ai import Agent, RunContext
+from pydantic_ai import Agent, CancellationToken, RunContext
+from pydantic_ai.capabilities import LocalWorkspace
 from pydantic_ai.exceptions import (
     UsageLimitExceeded,
 )
@@ -21,6 +23,7 @@ from pydantic_ai.messages import (
 )
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_ai.usage import UsageLimits
+from pydantic_ai.workspaces import LocalWorkspaceBackend
 
 import durable
 from durable.server import RestateServer
@@ -172,6 +175,70 @@ async def test_restates_own_combinators_beside_agents(server: RestateServer) -> 
 
 
 # One after the other
+
+
+async def test_arguments_of_a_run(server: RestateServer, tmp_path: Path) -> None:
+    """Ids, metadata, instructions, a workspace and a whole conversation can be given to a run."""
+    agent = Agent(
+        script([call("where")]),
+        name="given",
+        capabilities=[LocalWorkspace(tmp_path), durable.RestateDurability()],
+    )
+    service = restate.Service("Given")
+    seen: set[str] = set()
+
+    @agent.tool
+    async def where(ctx: RunContext) -> str:
+        done["where"] += 1
+        assert ctx.workspace is not None
+        return f"{(await ctx.workspace.run('pwd', shell=True)).stdout.strip()} {ctx.metadata}"
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> list[str]:
+        first = await agent.run(
+            "one",
+            run_id="mine",
+            conversation_id="talk",
+            metadata={"order": 7},
+            instructions="Be brief.",
+            workspace=LocalWorkspaceBackend(tmp_path).ref,
+        )
+        second = await agent.run("two", conversation=first.conversation, workspace=first.workspace)
+        await ctx.run_typed("after", after)
+        seen.add(second.all_messages_json().decode())
+        ids = [first.run_id, first.conversation_id, second.conversation_id]
+        return [*ids, first.output, str(len(second.all_messages())), str(second.run_id != "mine")]
+
+    async with hosted(server, service) as ingress:
+        expected = [
+            "mine",
+            "talk",
+            "talk",
+            f"where={tmp_path} {{'order': 7}}",
+            "6",
+            "True",
+        ]
+        assert await ingress.call("Given/run") == expected
+        assert await ingress.retries("Given") == 0
+    assert done == {"model": 3, "where": 1}
+    assert len(seen) == 1
+
+
+async def test_a_cancellation_token_is_refused(server: RestateServer) -> None:
+    """Another machine could not see it cancelled: the error says to cancel the invocation instead."""
+    agent = Agent(script(), name="token", capabilities=[durable.RestateDurability()])
+    service = restate.Service("Token")
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> str:
+        return (await agent.run("go", cancellation_token=CancellationToken())).output
+
+    async with hosted(server, service) as ingress:
+        response = await ingress.post("Token/run")
+        assert response.status_code == 500
+        assert "Cancel the durable workflow" in response.json()["message"]
+        assert await ingress.retries("Token") == 0
+    assert done == {}
 
 
 async def test_usage_limits_hold_over_replays(server: RestateServer) -> None:

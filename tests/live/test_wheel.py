@@ -37,6 +37,7 @@ app = durable.app([service])
 
 MAIN = """
 import asyncio
+from importlib.util import find_spec
 from pathlib import Path
 
 import httpx2
@@ -48,6 +49,7 @@ from durable.worker import Worker
 
 async def main() -> None:
     assert "site-packages" in durable.__file__, durable.__file__
+    assert find_spec("mcp") is None
     async with RestateServer() as server, Worker("app:app") as worker:
         await server.register(worker.url)
         async with httpx2.AsyncClient(trust_env=False, timeout=30) as http:
@@ -70,7 +72,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.mark.timeout(300)
 def test_the_wheel_runs_a_durable_agent(tmp_path: Path) -> None:
-    """Built, installed with its declared dependencies only, and used as a user would."""
+    """Built, installed with its declared dependencies only (without MCP), and used as a user would."""
     run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path, cwd=ROOT)
     [wheel] = tmp_path.glob("*.whl")
     names = {name.split("/")[0] for name in ZipFile(wheel).namelist()}
