@@ -184,6 +184,12 @@ async def test_a_stored_result_that_does_not_fit_any_more(
     assert "currency). Register the version of the code that stored it" in caplog.text
 
 
+PINNED = (
+    "SELECT pinned_deployment_id FROM sys_invocation "
+    "WHERE target_service_name = 'Moving' AND status {status}"
+)
+
+
 async def test_moving_from_restates_own_integration(server: RestateServer) -> None:
     """What began on `restate.ext.pydantic` ends there; what begins after the move is ours."""
     waiting: asyncio.Future[str] = asyncio.Future()
@@ -218,12 +224,20 @@ async def test_moving_from_restates_own_integration(server: RestateServer) -> No
         await server.register(old_url)
         begun = asyncio.create_task(ingress.call("Moving/run"))
         awakeable = await waiting
-        before = await ingress.invocation("Moving")
+        [old] = await server.query(PINNED.format(status="!= 'completed'"))
         await server.register(new_url)
         assert await ingress.call("Moving/run") == "Agent"
-        after = await ingress.invocation("Moving")
         assert await ingress.steps("Moving") == ["moving__model.request"] * 2
         await ingress.post(f"restate/awakeables/{awakeable}/resolve", "go on")
         assert await begun == "RestateAgent"
-    assert before["id"] != after["id"]
-    assert done == {"model": 4}
+        async with asyncio.timeout(10):
+            while await server.query(PINNED.format(status="!= 'completed'")):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        ended = await server.query(PINNED.format(status="= 'completed'"))
+        assert ended.count(old) == 1
+        assert len(ended) == 2
+        deployment = f"{server.admin_url}/deployments/{old['pinned_deployment_id']}"
+        removed = await http.delete(f"{deployment}?force=true")
+        assert removed.is_success
+        assert await ingress.call("Moving/run") == "Agent"
+    assert done == {"model": 6}
