@@ -40,6 +40,7 @@ from durable._driver import InvocationCancelled
 from durable._names import external_event, notification
 from durable._operation_backend import run_step
 from durable._options import StepOptions
+from durable._tracing import waiting
 
 _JSON: Serde[JsonValue] = JsonSerde()
 
@@ -68,12 +69,13 @@ class RestateWaiter(ExternalEventWaiter):
             ExternalEventError: When the time is up, or the awakeable was rejected.
         """
         token, answered = self._context.awakeable(serde=_JSON)
+        limit = None if timeout is None else timeout.total_seconds()
         try:
-            async with asyncio.timeout(None if timeout is None else timeout.total_seconds()):
-                answer = await run_step(
-                    external_event(self._agent, name), lambda: ask(token), StepOptions()
-                )
-                return await answered if answer is None else cast(JsonValue, answer)
+            with waiting(f"wait for an external event: {name}"):
+                async with asyncio.timeout(limit):
+                    step = external_event(self._agent, name)
+                    answer = await run_step(step, lambda: ask(token), StepOptions())
+                    return await answered if answer is None else cast(JsonValue, answer)
         except TimeoutError:
             raise ExternalEventError(f"No resolution arrived within {timeout}.") from None
         except InvocationCancelled:
@@ -241,7 +243,8 @@ class Approvals(AbstractCapability[AgentDepsT]):
         close: str | None = None
         await restate.object_call(_agent_run.ask, key=pending.invocation_id, arg=pending)
         try:
-            answer = await self._answer(pending, answered)
+            with waiting(f"wait for a person: {call.tool_name}"):
+                answer = await self._answer(pending, answered)
             if answer is None:
                 close = "was not answered in time"
                 return self._unanswered(pending)

@@ -23,6 +23,7 @@ from restate.extensions import current_context
 
 from durable._agent_run import Inbox
 from durable._sdk import disable_threads
+from durable._tracing import current_telemetry
 
 
 @dataclass(kw_only=True)
@@ -55,6 +56,8 @@ class Invocation:
 
     def observe(self, began: float, ended: float) -> None:
         """Take in the journaled times of a completed step, in seconds since the epoch."""
+        if (telemetry := current_telemetry()) is not None:
+            telemetry.observe(began, ended)
         latest = datetime.fromtimestamp(ended, UTC)
         self.now = latest if self.now is None else max(self.now, latest)
 

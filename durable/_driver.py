@@ -23,10 +23,11 @@ stored it and sent it back, which is the order that replays see.
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from math import ceil
 from typing import Any, TypeVar
 
+from opentelemetry.trace import Span
 from pydantic_ai.exceptions import UserError
 from restate import TerminalError
 from restate.exceptions import SdkInternalException, SuspendedException
@@ -47,6 +48,7 @@ from durable._sdk import (
     VMException,
 )
 from durable._steps import Steps
+from durable._tracing import AttemptTelemetry, Target, sleeping_span, traced_handler, waiting
 
 T = TypeVar("T")
 
@@ -74,11 +76,13 @@ class Driver:
             context: The SDK's `ServerInvocationContext` of the attempt.
         """
         self._host = asyncio.get_running_loop()
-        self._loop = HandlerLoop(host=self._host, attempt=self)
         self._context = context
-        self._vm = context.vm
+        self._telemetry = AttemptTelemetry(context.vm, context.invocation.invocation_id)
+        self._vm = context.vm = self._telemetry.commands
+        self._loop = HandlerLoop(host=self._host, attempt=self, telemetry=self._telemetry)
         self._waiters: dict[asyncio.Future[None], UnresolvedFuture] = {}
         self._timers: dict[int, asyncio.TimerHandle] = {}
+        self._sleeps: dict[int, Span] = {}
         self._cancelled = False
         self._failure: Exception | None = None
         self._flush = context.take_and_send_output
@@ -98,7 +102,22 @@ class Driver:
             DisconnectedException: When the server closed the connection.
             InvocationCancelled: When the invocation was cancelled and the handler did not catch it.
         """
-        root = self._loop.create_task(handler)
+        context = self._context
+        invocation = context.invocation
+        target = Target(
+            invocation=invocation.invocation_id,
+            service=context.handler.service_tag.name,
+            handler=context.handler.name,
+            key=invocation.key or None,
+        )
+        root = self._loop.create_task(
+            traced_handler(
+                handler,
+                target,
+                headers=dict(invocation.headers),
+                attempt_headers=context.attempt_headers,
+            )
+        )
         try:
             self._loop.run_ready()
             while not root.done():
@@ -123,7 +142,10 @@ class Driver:
 
     def start_timer(self, delay: float, handle: asyncio.TimerHandle) -> None:
         """Make the durable sleep behind a timer of the handler loop."""
-        self._timers[self._vm.sys_sleep(ceil(delay * 1000), TIMER)] = handle
+        number = self._vm.sys_sleep(ceil(delay * 1000), TIMER)
+        self._timers[number] = handle
+        if sleeping(handle):
+            self._sleeps[number] = sleeping_span(delay)
 
     async def _wait(self, unresolved: UnresolvedFuture) -> None:
         """Wait in handler code until `unresolved` completes: the SDK awaits this for every future."""
@@ -137,7 +159,8 @@ class Driver:
         waiter = self._loop.create_future()
         self._waiters[waiter] = unresolved
         try:
-            await waiter
+            with waiting(self._telemetry.waiting_for(_handles(unresolved))):
+                await waiter
         finally:
             self._waiters.pop(waiter, None)
 
@@ -151,8 +174,10 @@ class Driver:
                 self._steps.begin_held()
                 await self._receive()
             elif isinstance(progress, DoProgressAnyCompleted):
+                self._telemetry.delivered()
                 return self._complete()
             elif isinstance(progress, DoProgressCancelSignalReceived):
+                self._telemetry.delivered()
                 return self._cancel(root)
             else:
                 await self._flush()
@@ -182,7 +207,7 @@ class Driver:
         """Combine what all tasks wait for."""
         for handle, timer in list(self._timers.items()):
             if timer.cancelled():
-                del self._timers[handle]
+                self._forget_timer(handle)
         awaited = [*self._waiters.values(), *map(SingleUnresolvedFuture, self._timers)]
         if not awaited:
             raise UserError(
@@ -199,8 +224,13 @@ class Driver:
         for handle, timer in list(self._timers.items()):
             if self._vm.is_completed(handle):
                 self._vm.take_notification(handle)
-                del self._timers[handle]
+                self._forget_timer(handle)
                 self._loop.fire(timer)
+
+    def _forget_timer(self, handle: int) -> None:
+        del self._timers[handle]
+        if (span := self._sleeps.pop(handle, None)) is not None:
+            span.end()
 
     def _is_complete(self, unresolved: UnresolvedFuture) -> bool:
         if isinstance(unresolved, SingleUnresolvedFuture):
@@ -230,6 +260,14 @@ class Driver:
                 self._vm.notify_input(event["body"])
             if not event.get("more_body", False):
                 self._vm.notify_input_closed()
+
+
+def _handles(unresolved: UnresolvedFuture) -> Iterator[int]:
+    if isinstance(unresolved, SingleUnresolvedFuture):
+        yield unresolved.handle
+    else:
+        for child in unresolved.children:
+            yield from _handles(child)
 
 
 async def _nothing_to_send() -> None:

@@ -32,6 +32,7 @@ from weakref import WeakKeyDictionary, WeakSet
 from pydantic_ai.exceptions import UserError
 
 from durable._sdk import CancelScope, end_sleep, redeliver_cancellation
+from durable._tracing import AttemptTelemetry
 
 T = TypeVar("T")
 
@@ -134,13 +135,21 @@ class Attempt(Protocol):
 class HandlerLoop(asyncio.AbstractEventLoop):
     """Runs the tasks of one invocation attempt inside callbacks of a host loop."""
 
-    def __init__(self, *, host: asyncio.AbstractEventLoop, attempt: Attempt) -> None:
+    def __init__(
+        self,
+        *,
+        host: asyncio.AbstractEventLoop,
+        attempt: Attempt,
+        telemetry: AttemptTelemetry | None = None,
+    ) -> None:
         """Create the loop.
 
         Args:
             host: The ordinary event loop that steps and the driver run on.
             attempt: Makes the durable sleeps behind `call_later` and `call_at`.
+            telemetry: Takes the spans and metrics of handler code.
         """
+        self.telemetry = telemetry
         self._host = host
         self._attempt = attempt
         self._ready: deque[asyncio.Handle] = deque()

@@ -12,27 +12,32 @@ from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
+from opentelemetry.trace import NoOpTracer
 from pydantic import TypeAdapter
 from pydantic_ai.durable_exec import (
     BoundDurableOperation,
     DurableOperation,
     DurableOperationId,
     JournalCallableOperationBackend,
+    ModelRequestId,
+    ToolsetCallToolId,
 )
 from pydantic_ai.exceptions import ToolFailed, UserError
 from pydantic_ai.tools import RunContext
 from pydantic_ai.usage import RunUsage
 from pydantic_core import PydanticSerializationError, from_json, to_json
 from restate import TerminalError
+from restate.exceptions import RetryableError
 from restate.serde import BytesSerde
 
 from durable._context import current_invocation
-from durable._errors import describe, not_serializable, original_error, step_failure
+from durable._errors import describe, not_serializable, original_error, step_failure, verdict
 from durable._identity import current_run_clock
 from durable._names import declaration, renamed
 from durable._options import StepOptions
+from durable._tracing import failed_try, note_step, steps
 
 ParamsT = TypeVar("ParamsT")
 WireT = TypeVar("WireT")
@@ -88,7 +93,9 @@ class RestateOperationBackend(JournalCallableOperationBackend[StepOptions]):
             Exception: The original exception of a step that failed for good, also on replay.
             TerminalError: When the step's retries are used up, or its exception is not PydanticAI's.
         """
-        del operation_id, cache_key
+        del cache_key
+        if isinstance(operation_id, ModelRequestId | ToolsetCallToolId):
+            note_step(name)
         return await run_step(name, body, config)
 
 
@@ -98,6 +105,7 @@ async def run_step(
     """Run `body`, whose result is JSON-compatible, as a step of the current invocation."""
     invocation = current_invocation()
     assert invocation is not None
+    caller = _caller.get()
     step = Step(key=f"{invocation.context.request().id}:{next(invocation.step_numbers)}")
     if options.name is not None:
         name = renamed(name, options.name)
@@ -110,8 +118,9 @@ async def run_step(
         try:
             async with asyncio.timeout(options.timeout):
                 result = await body()
-        except Exception as error:
-            raise step_failure(error, name) from error
+        except Exception as error:  # noqa: BLE001 - raised again
+            _raise_failure(error, name, began, caller)
+        steps.add(1, {"restate.step": name})
         return _stored(result, began, step, name)
 
     try:
@@ -126,9 +135,31 @@ async def run_step(
     invocation.observe(*entry["at"])
     if (clock := current_run_clock.get()) is not None:
         clock.observe(*entry["at"])
-    if "usage" in entry and (caller := _caller.get()) is not None:
+    if "usage" in entry and caller is not None:
         caller.usage.incr(_USAGE.validate_python(entry["usage"]))
     return entry["result"]
+
+
+def _raise_failure(
+    error: Exception, name: str, began: float, caller: RunContext[Any] | None
+) -> NoReturn:
+    """Raise what ends the step for `error`, shown in the trace when the step will be tried again."""
+    failure = step_failure(error, name)
+    hidden = _hides_content(caller) and verdict(error) is None
+    if not isinstance(failure, TerminalError):
+        failed_try(name, began, error, message=None if hidden else describe(error))
+    if hidden:
+        raise RetryableError(f"{type(error).__qualname__} (message hidden)") from None
+    raise failure from (error if failure is not error else error.__cause__)
+
+
+def _hides_content(caller: RunContext[Any] | None) -> bool:
+    """Whether the agent's instrumentation says that content must not be recorded."""
+    return (
+        caller is not None
+        and not isinstance(caller.tracer, NoOpTracer)
+        and not caller.trace_include_content
+    )
 
 
 def _stored(result: object, began: float, step: Step, name: str) -> bytes:
