@@ -117,6 +117,33 @@ async def test_each_role_has_its_own_retries(
         assert done == {"tries": 3}
 
 
+@pytest.mark.xfail(strict=True, reason="Restate counts tries since the journal last grew")
+async def test_tries_are_counted_while_others_go_on(server: RestateServer) -> None:
+    """The limit of a failing tool holds, although the tool beside it takes step after step."""
+    agent = Agent(
+        calls("fail", "walk"),
+        name="counting",
+        capabilities=[durable.RestateDurability(tool_run_options=FAST)],
+    )
+
+    @agent.tool_plain
+    async def fail() -> str:
+        done["fail"] += 1
+        raise RuntimeError("always")
+
+    @agent.tool_plain(metadata={"restate": False})
+    async def walk() -> str:
+        for _ in range(5):
+            await durable.restate_context().run_typed("walk", lambda: None)
+            await asyncio.sleep(0.02)
+        return "walked"
+
+    async with hosted(server, agent_service("Counting", agent)) as ingress:
+        response = await ingress.post("Counting/run")
+        assert response.status_code == 500
+    assert done == {"model": 1, "fail": 3}
+
+
 async def test_a_paused_run_goes_on_when_it_is_resumed(server: RestateServer) -> None:
     """Without limits of its own, a step leaves it to the service's policy: here the run is paused."""
     agent = Agent(
