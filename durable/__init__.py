@@ -15,6 +15,7 @@ from durable._capability import RestateDurability
 from durable._context import restate_context
 from durable._hosted_tools import HostedTool, HostedToolset
 from durable._journaled import step
+from durable._logfire import configure_logfire
 from durable._operation_backend import idempotency_key
 from durable._options import DEFAULT_RUN_OPTIONS
 
@@ -32,6 +33,7 @@ __all__ = [
     "Supply",
     "agent_run",
     "app",
+    "configure_logfire",
     "idempotency_key",
     "restate_context",
     "step",

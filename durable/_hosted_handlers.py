@@ -8,6 +8,7 @@ included; a description of the server holds JSON schemas, which other languages 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import Parameter, Signature, signature
+from operator import itemgetter
 from typing import Any, cast
 
 from pydantic import TypeAdapter
@@ -196,7 +197,8 @@ def reduced(service: Mapping[str, Any]) -> dict[str, Any]:
                 else handler.get("input_json_schema") or {},
                 "output": handler.get("output_json_schema"),
             }
-            for handler in service["handlers"]
+            # the server's order is another one each time, and prompts are cached
+            for handler in sorted(service["handlers"], key=itemgetter("name"))
         },
     }
 

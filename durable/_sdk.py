@@ -23,6 +23,9 @@ from importlib import metadata
 from typing import Any, cast
 
 from anyio._backends._asyncio import CancelScope
+from logfire import DEFAULT_LOGFIRE_INSTANCE
+from logfire._internal.tracer import PendingSpanProcessor
+from pydantic_ai import Agent
 from pydantic_ai import _utils as _pydantic_ai_utils
 from pydantic_ai.durable_exec._toolset import (
     DurableDynamicToolset,
@@ -67,6 +70,16 @@ def check_sdk_version() -> None:
         )
 
 
+def logfire_is_configured() -> bool:
+    """Return whether the program has called `logfire.configure()`."""
+    return DEFAULT_LOGFIRE_INSTANCE.config._initialized  # pyright: ignore[reportPrivateUsage]
+
+
+def agents_are_instrumented() -> bool:
+    """Return whether the program has instrumented all agents."""
+    return Agent._instrument_default is not False  # pyright: ignore[reportPrivateUsage]
+
+
 redeliver_cancellation = CancelScope._deliver_cancellation  # pyright: ignore[reportPrivateUsage]
 """What anyio calls in each turn of an event loop while a cancelled scope has tasks."""
 
@@ -94,6 +107,7 @@ __all__ = [
     "DurableMCPToolset",
     "DurableModel",
     "DurableToolsetBase",
+    "PendingSpanProcessor",
     "FirstCompletedUnresolvedFuture",
     "Handler",
     "ServerInvocationContext",
@@ -102,10 +116,12 @@ __all__ = [
     "UnresolvedFuture",
     "VMException",
     "VMWrapper",
+    "agents_are_instrumented",
     "check_sdk_version",
     "disable_threads",
     "end_sleep",
     "handler_from_callable",
+    "logfire_is_configured",
     "process_invocation_to_completion",
     "redeliver_cancellation",
 ]

@@ -39,6 +39,8 @@ from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.trace import SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from durable._sdk import PendingSpanProcessor
+
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
@@ -323,19 +325,20 @@ def _start_span_once(
     return telemetry.start_span(self, _start_span, **options)
 
 
-def _once(measure: Callable[..., None]) -> Callable[..., None]:
-    @wraps(measure)
-    def measure_once(*args: Any, **kwargs: Any) -> None:
+def _once(emit: Callable[..., None]) -> Callable[..., None]:
+    @wraps(emit)
+    def emit_once(*args: Any, **kwargs: Any) -> None:
         telemetry = current_telemetry()
         if telemetry is None:
-            measure(*args, **kwargs)
+            emit(*args, **kwargs)
         else:
-            telemetry.hold(lambda: measure(*args, **kwargs))
+            telemetry.hold(lambda: emit(*args, **kwargs))
 
-    return measure_once
+    return emit_once
 
 
 Tracer.start_span = _start_span_once
+PendingSpanProcessor.on_start = _once(PendingSpanProcessor.on_start)  # Logfire's spans in progress
 Counter.add = _once(Counter.add)
 UpDownCounter.add = _once(UpDownCounter.add)
 Histogram.record = _once(Histogram.record)

@@ -19,7 +19,7 @@ from durable._sdk import (
     process_invocation_to_completion,
 )
 from durable.testing._server import InMemoryServer
-from durable.testing._wire import CONTENT_TYPE, Kind, Message, messages
+from durable._wire import CONTENT_TYPE, Kind, Message, messages
 
 _ENDINGS = frozenset({Kind.SUSPENSION, Kind.ERROR, Kind.END})
 _SECONDS_TO_END = 5

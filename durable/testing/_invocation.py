@@ -18,7 +18,7 @@ from durable.testing._server import (
     terminal_error,
     to_body,
 )
-from durable.testing._wire import Kind, Message, packed
+from durable._wire import Kind, Message, packed
 
 OutputT = TypeVar("OutputT")
 

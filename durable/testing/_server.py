@@ -20,7 +20,7 @@ from pydantic_core import from_json, to_json
 from restate import TerminalError
 
 from durable._sdk import Handler
-from durable.testing._wire import (
+from durable._wire import (
     COMMAND,
     NOTIFICATION,
     FieldValue,

@@ -1,7 +1,8 @@
 """Messages of Restate's service protocol as bytes: frames of a type, a length and protobuf fields.
 
-Only the side of the server is here, and only what it reads and writes, for version 6 of the protocol;
-the worker's side is the SDK's own. Numbers of messages and fields are the protocol's
+Only what the side of the server reads and writes is here, for version 6 of the protocol: `durable.testing`
+speaks it in the place of restate-server, and `durable._preloaded` reads the message that starts an attempt.
+The worker's side is the SDK's own. Numbers of messages and fields are the protocol's
 (https://github.com/restatedev/service-protocol).
 """
 
@@ -115,6 +116,14 @@ class Message:
     def to_bytes(self) -> bytes:
         """Return the frame."""
         return _HEADER.pack(self.type, 0, len(self.body)) + self.body
+
+
+def begins_whole(received: bytes | bytearray) -> bool:
+    """Return whether the first frame of what was received is complete."""
+    if len(received) < _HEADER.size:
+        return False
+    _type, _flags, length = _HEADER.unpack_from(received)
+    return len(received) >= _HEADER.size + length
 
 
 def messages(chunk: bytes) -> Iterator[Message]:
