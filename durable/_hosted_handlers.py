@@ -5,6 +5,7 @@ parameter that is the input. PydanticAI's own reading of a function decides for 
 included; a description of the server holds JSON schemas, which other languages fill in too.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import Parameter, Signature, signature
@@ -145,29 +146,24 @@ def from_description(service: Mapping[str, Any], name: str) -> HostedHandler:
         name: The handler's.
     """
     handler = service["handlers"][name]
-    schema: dict[str, Any] | None = handler["input"]
-    if schema is None:
-        parameters: dict[str, Any] = _object({})
-    elif schema.get("type") == "object" and "properties" in schema:
-        parameters = schema
-    else:
-        schema = dict(schema)
+    given: dict[str, Any] | None = handler["input"]
+    schema = _object({}) if given is None else _resolved(given)
+    flat = schema.get("type") == "object" and "properties" in schema
+    if not flat:
         definitions = {it: schema.pop(it) for it in ("$defs", "definitions") if it in schema}
-        parameters = {**_object({_INPUT: schema}), **definitions}
-    check = _validator(parameters)
+        schema = {**_object({_INPUT: schema}), **definitions}
+    check = _validator(schema)
 
     def encode(arguments: dict[str, Any]) -> bytes:
         check(arguments)
-        if schema is None:
-            return b""
-        return to_json(arguments if parameters is handler["input"] else arguments[_INPUT])
+        return b"" if given is None else to_json(arguments if flat else arguments[_INPUT])
 
     return HostedHandler(
         service=service["name"],
         name=name,
         keyed=service["keyed"],
-        description=handler["documentation"] or (schema or {}).get("description"),
-        parameters=parameters,
+        description=handler["documentation"] or schema.get("description"),
+        parameters=schema,
         result=handler["output"] or {},
         encode=encode,
         decode=_read,
@@ -203,17 +199,29 @@ def reduced(service: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _validator(schema: dict[str, Any]) -> Callable[[Any], None]:
-    # as long to import as all of PydanticAI's models together, and only for handlers by name
-    from jsonschema import Draft202012Validator  # noqa: PLC0415
+def _resolved(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a schema that is a reference to one of its own definitions, as recursive types have, in full."""
+    place, _, name = schema.get("$ref", "").rpartition("/")
+    definition = schema.get(place.removeprefix("#/"), {}).get(name, {})
+    return {**{it: schema[it] for it in schema if it != "$ref" or not definition}, **definition}
 
-    validator: Any = Draft202012Validator(schema)
+
+def _validator(schema: dict[str, Any]) -> Callable[[Any], None]:
+    # takes as long to import as this library, and only handlers by name need it
+    from jsonschema import Draft202012Validator  # noqa: PLC0415
+    from referencing import Registry  # noqa: PLC0415
+    from referencing.exceptions import Unresolvable  # noqa: PLC0415
+
+    validator: Any = Draft202012Validator(schema, registry=Registry())  # which fetches nothing
 
     def check(value: Any) -> None:
-        problems = [
-            f"`{'.'.join(map(str, error.path)) or 'arguments'}`: {error.message}"
-            for error in validator.iter_errors(value)
-        ]
+        try:
+            problems = [
+                f"`{'.'.join(map(str, error.path)) or 'arguments'}`: {error.message}"
+                for error in validator.iter_errors(value)
+            ]
+        except (re.error, Unresolvable):
+            return  # a pattern that is none of Python's, or a reference to elsewhere: the handler knows
         if problems:
             raise ModelRetry(f"The arguments do not fit: {'; '.join(problems)}.")
 
