@@ -4,6 +4,8 @@ A plain agent gives a tool's `bytes` to the model as base64; UTF-8, the codec's 
 text of them, or fail.
 """
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -41,14 +43,25 @@ class ResultCodec(DurabilityCodec):
         Raises:
             JournalDecodeError: When the type has changed since.
         """
-        try:
+        with stored_result():
             return JSON_CODEC.load(tp, payload)
-        except ValidationError as error:
-            fields = ", ".join(sorted({".".join(map(str, e["loc"])) for e in error.errors()}))
-            raise JournalDecodeError(
-                f"A result in the journal does not fit `{error.title}` any more (at {fields}). Register the "
-                "version of the code that stored it as a deployment of its own, or make the type accept it."
-            ) from None
+
+
+@contextmanager
+def stored_result() -> Generator[None]:
+    """Say of a validation error within that it is a stored result that does not fit.
+
+    Raises:
+        JournalDecodeError: In the place of the error, without the values, which may be secret.
+    """
+    try:
+        yield
+    except ValidationError as error:
+        fields = ", ".join(sorted({".".join(map(str, e["loc"])) for e in error.errors()}))
+        raise JournalDecodeError(
+            f"A result in the journal does not fit `{error.title}` any more (at {fields}). Register the "
+            "version of the code that stored it as a deployment of its own, or make the type accept it."
+        ) from None
 
 
 def _adapter(tp: Any) -> TypeAdapter[Any]:

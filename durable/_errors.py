@@ -141,21 +141,41 @@ def original_error(failure: TerminalError) -> Exception | None:
 def handler_failure(error: Exception) -> TerminalError | None:
     """Return the `TerminalError` for a hopeless `error` that leaves a handler, `None` to let it pass.
 
-    Looks along the chain of `__cause__`, as restate-sdk does for its own errors.
+    Looks along the chain of `__cause__`, as restate-sdk does for its own errors, and into the groups that
+    `asyncio.TaskGroup` and anyio raise: one hopeless failure in a group makes it hopeless.
     """
-    causes = list(_causes(error))
-    if any(isinstance(cause, (TerminalError, RetryableError)) for cause in causes):
+    if any(isinstance(cause, (TerminalError, RetryableError)) for cause in _chain(error)):
         return None  # the SDK knows what to do
-    for cause in causes:
+    for cause in _causes(error):
+        if isinstance(cause, TerminalError):
+            return cause
         if isinstance(found := verdict(cause), Terminal):
             return TerminalError(describe(cause), status_code=found.status)
     return None
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def ends_invocation(error: Exception) -> bool:
+    """Return whether `error`, when it leaves the handler, ends the invocation: Restate retries the others."""
+    for cause in _chain(error):
+        if isinstance(cause, (TerminalError, RetryableError)):
+            return isinstance(cause, TerminalError)
+    return handler_failure(error) is not None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    for cause in _chain(error):
+        yield cause
+        if isinstance(cause, BaseExceptionGroup):
+            group = cast("BaseExceptionGroup[BaseException]", cause)
+            if verdict(group) is None:
+                for member in group.exceptions:
+                    yield from _causes(member)
 
 
 def describe(error: BaseException) -> str:

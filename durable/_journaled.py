@@ -9,6 +9,7 @@ from typing import Any, ParamSpec, TypeVar, cast, get_type_hints, overload
 from pydantic import TypeAdapter
 from pydantic_ai.exceptions import UserError
 
+from durable._codec import stored_result
 from durable._context import current_invocation
 from durable._names import own_step
 from durable._operation_backend import run_step
@@ -66,8 +67,8 @@ def step(function: Callable[P, Any], /) -> Callable[P, Awaitable[Any]]:
         async def body() -> Any:
             return adapter.dump_python(await call(*args, **kwargs), mode="json")
 
-        return adapter.validate_python(
-            await run_step(own_step(function.__name__), body, StepOptions())
-        )
+        result = await run_step(own_step(function.__name__), body, StepOptions())
+        with stored_result():
+            return adapter.validate_python(result)
 
     return cast(Callable[P, Awaitable[Any]], journaled)

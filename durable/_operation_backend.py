@@ -28,7 +28,7 @@ from pydantic_ai.exceptions import ToolFailed, UserError
 from pydantic_ai.tools import RunContext
 from pydantic_ai.usage import RunUsage
 from pydantic_core import PydanticSerializationError, from_json, to_json
-from restate import TerminalError
+from restate import RunOptions, TerminalError
 from restate.exceptions import RetryableError
 from restate.serde import BytesSerde
 
@@ -42,6 +42,9 @@ from durable._tracing import failed_try, note_step, steps
 ParamsT = TypeVar("ParamsT")
 WireT = TypeVar("WireT")
 ResultT = TypeVar("ResultT")
+
+MAX_RESULT_SIZE = 32 * 1024 * 1024 - 1024
+"""Bytes that a step's result may take: what restate-server accepts in one message, by default."""
 
 _BYTES = BytesSerde()
 _USAGE = TypeAdapter(RunUsage)
@@ -119,7 +122,8 @@ async def run_step(
             async with asyncio.timeout(options.timeout):
                 result = await body()
         except Exception as error:  # noqa: BLE001 - raised again
-            _raise_failure(error, name, began, caller)
+            _raise_failure(error, name, began, caller, _tries.of(step.key, options.run, began))
+        _tries.forget(step.key)
         steps.add(1, {"restate.step": name})
         return _stored(result, began, step, name)
 
@@ -140,8 +144,40 @@ async def run_step(
     return entry["result"]
 
 
+class _Tries:
+    """Counts how often steps failed in this process.
+
+    Restate counts too, but begins anew whenever the journal grows, as it does when a tool beside the failing one
+    makes progress.
+    """
+
+    def __init__(self) -> None:
+        self._failed: dict[str, tuple[int, float]] = {}
+
+    def of(self, step: str, options: RunOptions[Any], began: float) -> bool:
+        """Count a failed try of `step` that began then, and return whether it was the last one."""
+        count, first = self._failed.pop(step, (0, began))
+        self._failed[step] = (count + 1, first)
+        if len(self._failed) > _REMEMBERED:
+            del self._failed[next(iter(self._failed))]
+        attempts, duration = options.max_attempts, options.max_duration
+        return (attempts is not None and count + 1 >= attempts) or (
+            duration is not None and _now() - first >= duration.total_seconds()
+        )
+
+    def forget(self, step: str) -> None:
+        """Forget a step that has its result."""
+        self._failed.pop(step, None)
+
+
+_REMEMBERED = 10_000
+"""How many failing steps are counted at once."""
+
+_tries = _Tries()
+
+
 def _raise_failure(
-    error: Exception, name: str, began: float, caller: RunContext[Any] | None
+    error: Exception, name: str, began: float, caller: RunContext[Any] | None, last: bool
 ) -> NoReturn:
     """Raise what ends the step for `error`, shown in the trace when the step will be tried again."""
     failure = step_failure(error, name)
@@ -149,7 +185,13 @@ def _raise_failure(
     if not isinstance(failure, TerminalError):
         failed_try(name, began, error, message=None if hidden else describe(error))
     if hidden:
-        raise RetryableError(f"{type(error).__qualname__} (message hidden)") from None
+        failure = RetryableError(f"{type(error).__qualname__} (message hidden)")
+    if last and not isinstance(failure, TerminalError):
+        known = isinstance(failure, RetryableError)
+        message = failure.message if known else repr(failure)
+        failure = TerminalError(message, status_code=failure.status_code if known else 500)
+    if hidden:
+        raise failure from None
     raise failure from (error if failure is not error else error.__cause__)
 
 
@@ -167,9 +209,18 @@ def _stored(result: object, began: float, step: Step, name: str) -> bytes:
     if step.usage is not None:
         entry["usage"] = _USAGE.dump_python(step.usage, mode="json", exclude_defaults=True)
     try:
-        return to_json(entry)
+        stored = to_json(entry)
     except PydanticSerializationError as error:  # text that is no Unicode
         raise step_failure(not_serializable(error), name) from error
+    if len(stored) > MAX_RESULT_SIZE:
+        raise step_failure(
+            UserError(
+                f"The result takes {len(stored):,} bytes as JSON, and restate-server accepts "
+                f"{MAX_RESULT_SIZE:,}. Store it elsewhere and return where."
+            ),
+            name,
+        )
+    return stored
 
 
 _declared: set[str] = set()

@@ -14,6 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_ai.exceptions import ModelRetry, ToolRetryError, UserError
 from pydantic_ai.output import NativeOutput, PromptedOutput, TextOutput, ToolOutput
 
+from durable._codec import stored_result
+
 
 def output_functions(output_type: object) -> Iterator[Callable[..., Any]]:
     """Yield the functions in an agent's `output_type`, inside markers, lists and unions too."""
@@ -81,4 +83,5 @@ def output_from_value(value: dict[str, Any], adapter: TypeAdapter[Any]) -> Any:
     """Return the output, or raise what makes the model try again."""
     if "retry" in value:
         raise ModelRetry(value["retry"])
-    return adapter.validate_python(value["output"])
+    with stored_result():
+        return adapter.validate_python(value["output"])

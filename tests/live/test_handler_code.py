@@ -48,11 +48,6 @@ async def test_sleeps_and_timeouts_are_durable(server: RestateServer) -> None:
         assert len(await ingress.entries("Timers", "Sleep")) == 3 + 2
 
 
-in_a_group = pytest.mark.xfail(
-    strict=True, reason="an exception group is retried, although what is in it is hopeless"
-)
-
-
 @pytest.mark.parametrize(
     "outside",
     [
@@ -62,7 +57,6 @@ in_a_group = pytest.mark.xfail(
         pytest.param(
             lambda: httpx2.AsyncClient(trust_env=False).get("http://127.0.0.1:1"),
             id="HTTP client",
-            marks=in_a_group,
         ),
     ],
 )
@@ -83,7 +77,6 @@ async def test_the_outside_world_is_refused(
         assert await ingress.retries("Outside") == 0
 
 
-@in_a_group
 @pytest.mark.parametrize(
     ("ending", "status"), [("usage limit", 429), ("terminal error", 418), ("cancellation", 409)]
 )

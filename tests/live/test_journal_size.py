@@ -47,7 +47,6 @@ async def test_the_journal_holds_results_only(server: RestateServer) -> None:
     assert done == {"model": turns + 1}
 
 
-@pytest.mark.xfail(strict=True, reason="the server refuses the step and it is tried again")
 async def test_a_result_that_is_too_large(server: RestateServer) -> None:
     """Restate takes 32 MiB: more ends the run at once, with the step named."""
     agent = Agent(calls("load"), name="large", capabilities=[durable.RestateDurability()])

@@ -117,7 +117,6 @@ async def test_each_role_has_its_own_retries(
         assert done == {"tries": 3}
 
 
-@pytest.mark.xfail(strict=True, reason="Restate counts tries since the journal last grew")
 async def test_tries_are_counted_while_others_go_on(server: RestateServer) -> None:
     """The limit of a failing tool holds, although the tool beside it takes step after step."""
     agent = Agent(

@@ -156,18 +156,13 @@ def output_function(bill_type: Any) -> Version:
     return runs(Agent(TestModel(), name="billing", output_type=give, capabilities=[durability]))
 
 
-taken_for_the_models_mistake = pytest.mark.xfail(
-    strict=True, reason="the `ValidationError` of a stored result is raised as it is"
-)
-
-
 @pytest.mark.parametrize(
     "version",
     [
         capability,
-        pytest.param(own_step, marks=taken_for_the_models_mistake),
-        pytest.param(step_in_a_tool, marks=taken_for_the_models_mistake),
-        pytest.param(output_function, marks=taken_for_the_models_mistake),
+        own_step,
+        step_in_a_tool,
+        output_function,
     ],
 )
 async def test_a_stored_result_that_does_not_fit_any_more(

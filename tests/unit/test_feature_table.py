@@ -36,15 +36,6 @@ def test_a_feature_is_shown_by_tests_that_exist(row: str) -> None:
         assert name in functions_in(ROOT / "tests" / (folder or "live") / file), test[0]
 
 
-def test_what_does_not_work_yet_is_told() -> None:
-    """The files with tests that are expected to fail are the ones of that section, and no others."""
-    [section] = re.findall(r"^## Not there yet$(.*?)^## ", PAGE, re.M | re.S) or [""]
-    files = (ROOT / "tests" / "live").glob("test_*.py")
-    assert set(re.findall(r"`(test_\w+\.py)::", section)) == {
-        file.name for file in files if "mark.xfail(" in file.read_text()
-    }
-
-
 def test_the_tables_are_found() -> None:
     """A change of the page's format must not leave the other test without rows."""
     assert len(ROWS) > 50
