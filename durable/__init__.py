@@ -9,6 +9,7 @@ from durable._agent_run import (
     Supply,
     agent_run,
 )
+from durable._agent_session import SessionMessage, agent_session
 from durable._app import app
 from durable._approvals import Approvals
 from durable._capability import RestateDurability
@@ -18,6 +19,7 @@ from durable._journaled import step
 from durable._logfire import configure_logfire
 from durable._operation_backend import idempotency_key
 from durable._options import DEFAULT_RUN_OPTIONS
+from durable._sessions import Session, SessionStatus
 
 __all__ = [
     "DEFAULT_RUN_OPTIONS",
@@ -29,9 +31,13 @@ __all__ = [
     "HostedToolset",
     "PendingCall",
     "RestateDurability",
+    "Session",
+    "SessionMessage",
+    "SessionStatus",
     "SteeringMessage",
     "Supply",
     "agent_run",
+    "agent_session",
     "app",
     "configure_logfire",
     "idempotency_key",

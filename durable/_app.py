@@ -6,15 +6,17 @@ names the field (413 when it is only too large): restate-sdk alone answers 500. 
 restate-sdk alone would try for ever.
 """
 
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import wraps
-from inspect import signature
+from inspect import iscoroutinefunction, signature
 from typing import Any, cast
 
 import restate
 from pydantic import BaseModel, ValidationError
+from pydantic_ai.exceptions import UserError
 from pydantic_core import PydanticSerializationError, to_json
 from restate import Service, TerminalError, VirtualObject, Workflow
 from restate.serde import Serde
@@ -22,6 +24,7 @@ from restate.serde import Serde
 from durable._context import Invocation, handler_scope
 from durable._driver import Driver
 from durable._errors import handler_failure
+from durable._preloaded import attempt_preloaded, watched
 from durable._sdk import Handler, ServerInvocationContext
 
 AnyService = Service | VirtualObject | Workflow
@@ -39,10 +42,21 @@ def app(services: Iterable[AnyService], **options: Any) -> Any:
 
     Returns:
         An ASGI application for any server with HTTP/2, or an AWS Lambda handler when on Lambda.
+
+    Raises:
+        UserError: When two of the services have one name.
     """
     services = list(services)
     names = frozenset(service.name for service in services)
-    return restate.app([_hosted(service, names) for service in services], **options)
+    if twice := sorted(
+        name for name, times in Counter(it.name for it in services).items() if times > 1
+    ):
+        raise UserError(
+            f"Several services are named {', '.join(map(repr, twice))}: the name is their address. Give each "
+            "another one; `durable.agent_session(agent, name=...)` does it for sessions of the same agent."
+        )
+    hosting = restate.app([_hosted(service, names) for service in services], **options)
+    return watched(hosting) if iscoroutinefunction(hosting) else hosting
 
 
 def _hosted(service: AnyService, services: frozenset[str]) -> AnyService:
@@ -73,7 +87,10 @@ def hosted_handler(
                 raise TerminalError(
                     argument.message, status_code=argument.status
                 ) from argument.error
-        with handler_scope(Invocation(context=context, services=services)):
+        invocation = Invocation(
+            context=context, services=services, preloaded=attempt_preloaded.get()
+        )
+        with handler_scope(invocation):
             try:
                 return await Driver(context).run(handle(context, *arguments))
             except Exception as error:

@@ -22,6 +22,7 @@ from restate import Context, TerminalError
 from restate.extensions import current_context
 
 from durable._agent_run import Inbox
+from durable._preloaded import Preloaded
 from durable._sdk import disable_threads
 from durable._tracing import current_telemetry
 
@@ -35,6 +36,9 @@ class Invocation:
 
     services: frozenset[str] = frozenset()
     """The names of the services that the app hosts."""
+
+    preloaded: Preloaded | None = None
+    """The state that the server sent with the start of the attempt, where it can be known."""
 
     host: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     """The ordinary event loop, on which steps run."""

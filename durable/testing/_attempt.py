@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from durable._app import hosted_handler
+from durable._preloaded import Preloaded, attempt_preloaded
 from durable._sdk import (
     DisconnectedException,
     DoProgressExecuteRun,
@@ -18,8 +19,8 @@ from durable._sdk import (
     VMWrapper,
     process_invocation_to_completion,
 )
-from durable.testing._server import InMemoryServer
 from durable._wire import CONTENT_TYPE, Kind, Message, messages
+from durable.testing._server import InMemoryServer
 
 _ENDINGS = frozenset({Kind.SUSPENSION, Kind.ERROR, Kind.END})
 _SECONDS_TO_END = 5
@@ -61,7 +62,11 @@ class Attempt:
 
     async def run(self, handler: Handler[Any, Any]) -> None:
         """Run `handler` until the attempt ends, and everything of the attempt with it."""
-        self._push(self._server.beginning())
+        beginning = self._server.beginning()
+        self._push(beginning)
+        preloaded = Preloaded()
+        preloaded.feed(beginning)
+        attempt_preloaded.set(preloaded)
         self._server.attach(
             deliver=lambda message: self._push(message.to_bytes()), interrupt=self._disconnect
         )

@@ -7,8 +7,8 @@ from typing import Any
 from pydantic_core import from_json
 from restate import TerminalError
 
-from durable.testing._server import InMemoryServer, terminal_error
 from durable._wire import Kind, Message
+from durable.testing._server import InMemoryServer, terminal_error
 
 _NAMED_BY_ENTRY = frozenset({Kind.RUN, Kind.SLEEP})
 _CALLS = frozenset({Kind.CALL, Kind.ONE_WAY_CALL})

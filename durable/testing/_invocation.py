@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar, cast
 from pydantic_ai.exceptions import UserError
 
 from durable._sdk import Handler, handler_from_callable
+from durable._wire import Kind, Message, packed
 from durable.testing._attempt import Attempt, JournalMismatch
 from durable.testing._entries import Entry, line, name, read, stored
 from durable.testing._server import (
@@ -18,7 +19,6 @@ from durable.testing._server import (
     terminal_error,
     to_body,
 )
-from durable._wire import Kind, Message, packed
 
 OutputT = TypeVar("OutputT")
 
