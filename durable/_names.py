@@ -9,6 +9,23 @@ TIMER = "timer"
 """The sleep behind `asyncio.sleep`, `asyncio.timeout` and the like in handler code."""
 
 
+SESSION = "session"
+"""The state of a virtual object that says how far its session is."""
+
+SESSION_OPENED = "session.open"
+"""The step that journals when a session was opened, and which of its messages came with the attempt."""
+
+
+def session_turn(number: int) -> str:
+    """Name the state that holds the messages of a turn."""
+    return f"session.turn:{number}"
+
+
+def session_summary(number: int) -> str:
+    """Name the state that holds what turn `number` left of the messages of earlier turns."""
+    return f"session.summary:{number}"
+
+
 def run_start_time(agent: str) -> str:
     """Name the step that journals when a run with `timeout=` started."""
     return f"{agent}__run_start_time"

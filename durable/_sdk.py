@@ -7,6 +7,8 @@ without an import is listed here too, so that a new release is a matter of this 
 - `ServerInvocationContext`: `vm`, `receive`, `tasks`, `run_coros_to_execute`,
   `create_poll_or_cancel_coroutine`, `create_run_coroutine`, `take_and_send_output`, replaced per
   invocation by `durable._driver`
+- `journal_codec` of the same, and `StartMessage` of the service protocol, by which `durable._sessions` reads state
+  that is sent in advance
 - `ReceiveChannel`'s interface, methods of `VMWrapper` and version 6 of the service protocol, which
   `durable.testing` speaks in the place of restate-server
 - `asyncio.Handle._run`, `_callback` and `_args` of a `TimerHandle`, `asyncio.Task._fut_waiter`, `asyncio.events._set_running_loop`, `asyncio._enter_task` and `_leave_task`,
