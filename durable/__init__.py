@@ -9,6 +9,7 @@ from durable._agent_run import (
     Supply,
     agent_run,
 )
+from durable._agent_service import AgentService, AgentToolset, agent_service
 from durable._agent_session import SessionMessage, agent_session
 from durable._app import app
 from durable._approvals import Approvals
@@ -23,6 +24,8 @@ from durable._sessions import Session, SessionStatus
 
 __all__ = [
     "DEFAULT_RUN_OPTIONS",
+    "AgentService",
+    "AgentToolset",
     "Answer",
     "Approvals",
     "Approve",
@@ -37,6 +40,7 @@ __all__ = [
     "SteeringMessage",
     "Supply",
     "agent_run",
+    "agent_service",
     "agent_session",
     "app",
     "configure_logfire",

@@ -28,6 +28,9 @@ from restate.exceptions import RetryableError
 METADATA_KEY = "pydantic_ai.error"
 """Key of a journaled failure's metadata that holds the original exception."""
 
+NOT_UNDONE = "Not undone: "
+"""Begins the note on an error that names a call which its saga could not undo."""
+
 
 @dataclass(frozen=True)
 class Terminal:
@@ -111,11 +114,8 @@ def step_failure(error: Exception, step: str | None = None) -> Exception:
         return error
     found = verdict(error)
     if isinstance(found, Terminal):
-        return TerminalError(
-            describe(error) if step is None else f"{describe(error)} (step `{step}`)",
-            status_code=found.status,
-            metadata={METADATA_KEY: to_json(_encode(error)).decode()},
-        )
+        message = describe(error) if step is None else f"{describe(error)} (step `{step}`)"
+        return _terminal(error, message, found)
     if isinstance(found, Retry):
         return RetryableError(describe(error), status_code=503, retry_after=retry_after(error))
     return error
@@ -142,16 +142,37 @@ def handler_failure(error: Exception) -> TerminalError | None:
     """Return the `TerminalError` for a hopeless `error` that leaves a handler, `None` to let it pass.
 
     Looks along the chain of `__cause__`, as restate-sdk does for its own errors, and into the groups that
-    `asyncio.TaskGroup` and anyio raise: one hopeless failure in a group makes it hopeless.
+    `asyncio.TaskGroup` and anyio raise: one hopeless failure in a group makes it hopeless. What
+    could not be undone is in the message: the caller has to know.
     """
-    if any(isinstance(cause, (TerminalError, RetryableError)) for cause in _chain(error)):
-        return None  # the SDK knows what to do
+    known = next(
+        (it for it in _chain(error) if isinstance(it, (TerminalError, RetryableError))), None
+    )
+    failure = known or _hopeless(error)
+    notes = [note for cause in _causes(error) for note in _notes(cause)]
+    if isinstance(failure, TerminalError) and notes:
+        message = "\n".join([failure.message, *notes])
+        return TerminalError(message, failure.status_code, failure.metadata)
+    return None if known is not None else failure  # the SDK knows what to do with its own
+
+
+def _hopeless(error: Exception) -> TerminalError | None:
     for cause in _causes(error):
         if isinstance(cause, TerminalError):
             return cause
         if isinstance(found := verdict(cause), Terminal):
-            return TerminalError(describe(cause), status_code=found.status)
+            return _terminal(cause, describe(cause), found)
     return None
+
+
+def _terminal(error: BaseException, message: str, found: Terminal) -> TerminalError:
+    metadata = {METADATA_KEY: to_json(_encode(error)).decode()}
+    return TerminalError(message, status_code=found.status, metadata=metadata)
+
+
+def _notes(error: BaseException) -> list[str]:
+    notes: list[str] = getattr(error, "__notes__", [])
+    return [note for note in notes if note.startswith(NOT_UNDONE)]
 
 
 def ends_invocation(error: Exception) -> bool:

@@ -36,7 +36,7 @@ from pydantic_ai.durable_exec._toolset import (
 )
 from pydantic_ai.durable_exec._utils import DurableModel
 from pydantic_ai.exceptions import UserError
-from restate.handler import Handler, handler_from_callable
+from restate.handler import Handler, TypeHint, handler_from_callable
 from restate.server import (
     process_invocation_to_completion as _process_invocation,  # pyright: ignore[reportUnknownVariableType]
 )
@@ -116,6 +116,7 @@ __all__ = [
     "SingleUnresolvedFuture",
     "Suspended",
     "UnresolvedFuture",
+    "TypeHint",
     "VMException",
     "VMWrapper",
     "agents_are_instrumented",
