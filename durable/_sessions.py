@@ -247,6 +247,7 @@ class Session:
                 "`durable.Approvals()`: it waits for them within the turn."
             )
         messages, new = result.all_messages(), result.new_messages()
+        _stamp(messages, self.messages, result.run_id, self._record.status.last_active)
         earlier = messages[: len(messages) - len(new)]
         number, record = self._record.status.turns, self._record
         values = {session_turn(number): _stored(new)}
@@ -318,6 +319,25 @@ def _joined(groups: Iterable[list[ModelMessage]]) -> list[ModelMessage]:
 def _normal(groups: Iterable[list[ModelMessage]]) -> list[ModelMessage]:
     """Return the messages as a run takes them: adjacent requests, of two turns, are merged."""
     return repair_messages(_joined(groups), repair_last_response=False)
+
+
+def _stamp(
+    messages: Iterable[ModelMessage],
+    given: Iterable[ModelMessage],
+    run_id: str,
+    began: datetime | None,
+) -> None:
+    """Give what handler code has put among the messages the time when the turn began.
+
+    The messages of the run itself have journaled times already. What history processors and dynamic system prompts make
+    has the wall clock's, which is another one in each attempt.
+    """
+    known = {id(it) for message in given for it in (message, *message.parts)}
+    for message in messages:
+        for it in (message, *message.parts):
+            made: datetime | None = getattr(it, "timestamp", None)
+            if message.run_id != run_id and id(it) not in known and made and began and made > began:
+                setattr(it, "timestamp", began)  # noqa: B010 - not every part has one
 
 
 def _unchanged(
