@@ -8,8 +8,9 @@ in the UI. What it uses counts on the account of the agent that called it, under
 spans lie under the tool call, and it is cancelled with the run that waits for it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Generic, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -29,7 +30,7 @@ from durable._capability import RestateDurability
 from durable._context import current_invocation
 from durable._driver import InvocationCancelled
 from durable._errors import original_error
-from durable._sdk import Handler, TypeHint
+from durable._sdk import Handler, TypeHint, types_from_output_spec
 
 InputT = TypeVar("InputT")
 OutputT = TypeVar("OutputT")
@@ -55,7 +56,10 @@ class _Delivery(BaseModel):
 
 
 class AgentService(Service, Generic[InputT, OutputT]):
-    """A Restate service that hosts an agent: see `agent_service`."""
+    """A Restate service that hosts an agent: see `agent_service`.
+
+    Other handlers call it with `await ctx.service_call(service.run, arg=...)`.
+    """
 
     def __init__(
         self,
@@ -83,7 +87,11 @@ class AgentService(Service, Generic[InputT, OutputT]):
             result = await self._run(ctx, input, usage=usage, usage_limits=delegation.limits)
             return _Delivery(output=result.output, used=usage - before)
 
-        self.handler(input_serde=_TypedSerde(self.input), output_serde=_JSON)(run)
+        types: Sequence[Any] = types_from_output_spec(agent.output_type)
+        output: TypeAdapter[Any] = TypeAdapter(reduce(lambda one, other: one | other, types))
+        self.run: Callable[[Context, InputT], Awaitable[OutputT]] = self.handler(
+            input_serde=_TypedSerde(self.input), output_serde=_TypedSerde(output)
+        )(run)
         self.handler(ingress_private=True)(delegate)
         handlers: dict[str, Handler[Any, Any]] = cast(Any, self).handlers
         io = handlers["run"].handler_io
@@ -177,9 +185,6 @@ class _TypedSerde(Serde[Any]):
 
     def serialize(self, obj: Any) -> bytes:
         return to_json(obj)
-
-
-_JSON = _TypedSerde(TypeAdapter(Any))
 
 
 @dataclass

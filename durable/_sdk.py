@@ -29,6 +29,7 @@ from logfire import DEFAULT_LOGFIRE_INSTANCE
 from logfire._internal.tracer import PendingSpanProcessor
 from pydantic_ai import Agent
 from pydantic_ai import _utils as _pydantic_ai_utils
+from pydantic_ai._output import types_from_output_spec
 from pydantic_ai.durable_exec._toolset import (
     DurableDynamicToolset,
     DurableMCPToolset,
@@ -127,4 +128,5 @@ __all__ = [
     "logfire_is_configured",
     "process_invocation_to_completion",
     "redeliver_cancellation",
+    "types_from_output_spec",
 ]

@@ -9,11 +9,19 @@ from services.chaining import call_chaining
 from services.evaluator_optimizer import evaluator_optimizer
 from services.orchestrator_workers import orchestrator_workers
 from services.parallelization import parallelization
-from services.routing import routing
+from services.routing import hosted_specialists, routing
 
 # A wrong configuration ends the server at its start instead of each request at its first step.
 DEFAULT_MODEL.check()
 
 app = durable.app(
-    [call_chaining, routing, parallelization, orchestrator_workers, evaluator_optimizer]
+    [
+        call_chaining,
+        routing,
+        *hosted_specialists.values(),
+        parallelization,
+        orchestrator_workers,
+        evaluator_optimizer,
+        durable.agent_run,
+    ]
 )

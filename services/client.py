@@ -72,6 +72,12 @@ PATTERNS: dict[str, Pattern[Any]] = {
         examples=[RoutingRequest(ticket=ticket) for ticket in EXAMPLE_TICKETS],
         response_type=RoutingResponse,
     ),
+    "hosted-routing": Pattern(
+        service="RoutingService",
+        handler="run_hosted",
+        examples=[RoutingRequest(ticket=EXAMPLE_TICKETS[1])],
+        response_type=RoutingResponse,
+    ),
     "parallelization": Pattern(
         service="ParallelizationService",
         workflow=True,

@@ -1,6 +1,9 @@
 """Routing service: `POST /RoutingService/run`.
 
 Ticket → classifier → billing | account | technical | product → Reply
+
+`run` asks the specialist in its own invocation. `run_hosted` calls it as a service: in an invocation with a
+journal and retries of its own, on whatever worker hosts it.
 """
 
 from typing import Annotated
@@ -8,6 +11,7 @@ from typing import Annotated
 import restate
 from pydantic import BaseModel, ConfigDict, StringConstraints
 
+import durable
 from agents.routing import Reply, Route, classifier, specialists
 
 EXAMPLE_TICKETS = [
@@ -18,6 +22,11 @@ EXAMPLE_TICKETS = [
     "How can I export the data of all our projects to Excel at once? Doing it project by project "
     "takes hours, and we need it every month.",
 ]
+
+hosted_specialists = {
+    team: durable.agent_service(specialist, name=f"{team.capitalize()}SpecialistService")
+    for team, specialist in specialists.items()
+}
 
 Ticket = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=4000)]
 
@@ -50,6 +59,19 @@ async def run(ctx: restate.Context, request: RoutingRequest) -> RoutingResponse:
 
     # 2. The chosen specialist answers. After a crash the choice stands: it is in the journal.
     reply = (await specialists[route.team].run(request.ticket)).output
+
+    # 3. The answer, with the decision that led to it.
+    return RoutingResponse(route=route, reply=reply)
+
+
+@routing.handler()
+async def run_hosted(ctx: restate.Context, request: RoutingRequest) -> RoutingResponse:
+    """Choose the team for the ticket and call its specialist, who may be hosted anywhere."""
+    # 1. Classify.
+    route = (await classifier.run(request.ticket)).output
+
+    # 2. The chosen specialist answers, in an invocation of its own.
+    reply = await ctx.service_call(hosted_specialists[route.team].run, arg=request.ticket)
 
     # 3. The answer, with the decision that led to it.
     return RoutingResponse(route=route, reply=reply)

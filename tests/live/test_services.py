@@ -94,6 +94,15 @@ async def test_routing_with_its_defaults(app: App) -> None:
     ]
 
 
+async def test_routing_to_a_specialist_hosted_elsewhere(app: App) -> None:
+    """The specialist's request is a step of its own invocation."""
+    before = len(app.provider.requests)
+    answer = await app.ingress.call("RoutingService/run_hosted", {})
+    assert RoutingResponse.model_validate(answer).reply.next_steps == [f"text {before + 2}"]
+    assert await app.ingress.steps("RoutingService") == ["routing-classifier__model.request"]
+    assert await app.ingress.steps("BillingSpecialistService") == ["routing-billing__model.request"]
+
+
 @pytest.mark.parametrize(
     ("path", "requests"), [("CallChainingService/run", 4), ("RoutingService/run", 2)]
 )
@@ -152,9 +161,11 @@ async def test_schemas_are_published(app: App) -> None:
         document = answer.json()
         assert any(path.endswith(f"/{service}/run") for path in document["paths"])
         schemas = list(objects(document))
-        [sent] = [it for it in schemas if it.get("title") == request]
-        assert {name: it["default"] for name, it in sent["properties"].items()} == defaults
-        assert sent["additionalProperties"] is False
+        sent = [it for it in schemas if it.get("title") == request]
+        assert sent
+        for schema in sent:  # one per handler that takes it
+            assert {name: it["default"] for name, it in schema["properties"].items()} == defaults
+            assert schema["additionalProperties"] is False
         assert any(set(it["properties"]) == response for it in schemas)
 
 
