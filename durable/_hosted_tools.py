@@ -14,11 +14,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import KW_ONLY, dataclass
 from datetime import timedelta
+from keyword import iskeyword
 from typing import Any
-from urllib.parse import quote
 
 import anyio
-import httpx2
 from pydantic_ai.exceptions import ModelRetry, ToolFailed, UserError
 from pydantic_ai.tools import AgentDepsT, RunContext, ToolDefinition
 from pydantic_ai.toolsets import AbstractToolset, ToolsetTool
@@ -27,13 +26,14 @@ from restate import Context, TerminalError
 
 from durable._context import current_invocation
 from durable._driver import InvocationCancelled
+from durable._errors import original_error
 from durable._hosted_handlers import HostedHandler, from_description, from_function, reduced
+from durable._hosted_http import ServerURLs
 from durable._names import hosted_toolset
 from durable._operation_backend import run_step
 from durable._options import StepOptions
 
 _ARGUMENTS = SchemaValidator(core_schema.dict_schema(core_schema.str_schema()))
-_NOT_FOUND = 404
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class HostedTool:
                 found.append(
                     f"{self.handler!r} may have several handlers, so it cannot have a `name`"
                 )
-        if isinstance(self.key, str) and not self.key.isidentifier():
+        if isinstance(self.key, str) and (not self.key.isidentifier() or iskeyword(self.key)):
             found.append(f"the `key` {self.key!r} cannot be the name of an argument")
         if self.delay is not None and self.delay < timedelta(0):
             found.append(f"`delay` must not be negative, got {self.delay!r}")
@@ -141,12 +141,16 @@ class _Tool:
 
     def request(self, arguments: dict[str, Any], ctx: RunContext[Any]) -> tuple[str | None, bytes]:
         """Return the key and the body of the request, or raise what makes the model try again."""
-        key = self.options.key
-        if not isinstance(key, str):
-            return None if key is None else key(ctx), self.handler.encode(arguments)
+        key, service = self.options.key, self.handler.service
+        if key is None:
+            return None, self.handler.encode(arguments)
+        if callable(key):
+            if not (value := key(ctx)):
+                raise UserError(f"The function for the key of `{service}` returned {value!r}.")
+            return value, self.handler.encode(arguments)
         value = arguments.get(key)
         if not isinstance(value, str | int) or not str(value):
-            raise ModelRetry(f"`{key}` must say which `{self.handler.service}` the call is for.")
+            raise ModelRetry(f"`{key}` must say which `{service}` the call is for.")
         if key not in self.handler.parameters["properties"]:
             arguments = {name: it for name, it in arguments.items() if name != key}
         return str(value), self.handler.encode(arguments)
@@ -162,9 +166,9 @@ class HostedToolset(AbstractToolset[AgentDepsT]):
     """Handlers of Restate services as tools.
 
     In a handler that `durable.app` hosts, a tool call is a Restate call. Arguments are validated before.
-    The model is told of a terminal error of the handler as a failed call; other failures are retried by
-    Restate. When the run is cancelled or times out, so are the calls that it waits for; what was sent
-    goes on.
+    The model is told of a terminal error of the handler as a failed call, and of `ModelRetry` and
+    `ToolFailed` as if a function tool had raised them; other failures are retried by Restate. When the run
+    is cancelled or times out, so are the calls that it waits for; what was sent goes on.
 
     Example:
         ```python
@@ -203,22 +207,22 @@ class HostedToolset(AbstractToolset[AgentDepsT]):
             UserError: When something does not fit, all of it in one message.
         """
         self._id = id
-        self._admin_url = admin_url
-        self._ingress_url = ingress_url
-        self._headers = dict(headers or {})
+        self._server = ServerURLs(admin=admin_url, ingress=ingress_url, headers=headers or {})
         given = [tool if isinstance(tool, HostedTool) else HostedTool(tool) for tool in tools]
-        faults = [fault for tool in given for fault in tool.faults()]
+        faults: list[str] = []
         known: list[_Tool] = []
         self._by_name: list[tuple[HostedTool, str, str]] = []
         for tool in given:
-            if isinstance(tool.handler, str):
+            if wrong := tool.faults():
+                faults += wrong
+            elif isinstance(tool.handler, str):
                 service, _, handler = tool.handler.partition("/")
                 self._by_name.append((tool, service, handler))
-                continue
-            try:
-                known.append(_Tool(tool, from_function(tool.handler, tool.key)))
-            except UserError as error:
-                faults.append(str(error))
+            else:
+                try:
+                    known.append(_Tool(tool, from_function(tool.handler, tool.key)))
+                except UserError as error:
+                    faults.append(str(error))
         if self._by_name and admin_url is None:
             faults.append("handlers given by name are looked up in the server: give `admin_url`")
         self._tools = self._collected(known, faults)
@@ -246,7 +250,7 @@ class HostedToolset(AbstractToolset[AgentDepsT]):
             for tool in self._tools.values()
             if hosted and tool.handler.service not in hosted
         ]
-        if elsewhere and self._admin_url is None:
+        if elsewhere and self._server.admin is None:
             names = ", ".join(f"`{handler}`" for handler in elsewhere)
             raise UserError(
                 f"{self.label} calls {names}, which this app does not host. Add the service: "
@@ -294,7 +298,7 @@ class HostedToolset(AbstractToolset[AgentDepsT]):
 
         Raises:
             ToolFailed: With the handler's terminal error.
-            ModelRetry: When the tool's `timeout` has passed.
+            ModelRetry: When the handler raised it, or the tool's `timeout` has passed.
             UserError: Outside a handler or inside a step, without an `ingress_url`.
         """
         hosted, invocation, timeout = self._tools[name], current_invocation(), tool.tool_def.timeout
@@ -303,9 +307,15 @@ class HostedToolset(AbstractToolset[AgentDepsT]):
             async with asyncio.timeout(timeout):
                 if invocation is not None:
                     return await _call(invocation.context, hosted, key, body)
-                return await self._post(hosted, key, body)
+                return await _call_over_http(self._server, hosted, key, body)
         except TimeoutError:
             raise ModelRetry(f"Timed out after {timeout} seconds.") from None
+        except InvocationCancelled:
+            raise  # Restate has cancelled the call as well
+        except TerminalError as error:
+            raised = original_error(error)
+            told = isinstance(raised, (ModelRetry, ToolFailed))
+            raise (raised if told else ToolFailed(error.message)) from error
 
     def _collected(self, tools: Sequence[_Tool], faults: list[str]) -> dict[str, _Tool]:
         """Return the tools by name, or raise `UserError` with the faults and those of the tools."""
@@ -323,62 +333,13 @@ class HostedToolset(AbstractToolset[AgentDepsT]):
 
     async def _look_up(self, services: Sequence[str]) -> dict[str, Any]:
         async def describe() -> dict[str, Any]:
-            async with self._http() as http:
-                return {service: await self._describe(http, service) for service in services}
+            found = {service: await self._server.describe(service) for service in services}
+            return {service: it and reduced(it) for service, it in found.items()}
 
         if current_invocation() is None:
             return await describe()
         found: Any = await run_step(hosted_toolset(self._id), describe, StepOptions())
         return found
-
-    async def _describe(self, http: httpx2.AsyncClient, service: str) -> dict[str, Any] | None:
-        url = f"{self._admin_url}/services/{quote(service, safe='')}"
-        try:
-            answer = await http.get(url)
-        except httpx2.TransportError as error:
-            raise ConnectionError(
-                f"The server's admin API does not answer at {url} ({error!r})."
-            ) from error
-        if answer.status_code == _NOT_FOUND:
-            return None
-        if answer.is_client_error:
-            raise UserError(f"The server's admin API answered {answer.status_code} at {url}.")
-        return reduced(answer.raise_for_status().json())
-
-    async def _post(self, tool: _Tool, key: str | None, body: bytes) -> Any:
-        """Call over the ingress, for code that runs outside Restate."""
-        if self._ingress_url is None:
-            raise UserError(
-                f"The hosted tool `{tool.name}` is called by a handler that `durable.app` hosts, but this "
-                "code runs outside one, or inside a step. Run the agent in the handler itself, or give "
-                "`HostedToolset(..., ingress_url=...)` to call it over HTTP."
-            )
-        path = [tool.handler.service, key, tool.handler.name, "send" if tool.sends else None]
-        url = "/".join([self._ingress_url, *(quote(it, safe="") for it in path if it is not None)])
-        delay = tool.options.delay
-        async with self._http() as http:
-            answer = await http.post(
-                url,
-                content=body,
-                headers={"content-type": "application/json"} if body else {},
-                params=None
-                if delay is None
-                else {"delay": f"{delay / timedelta(milliseconds=1):.0f}ms"},
-            )
-        if answer.is_error:
-            problem = answer.json()
-            if problem.get("source") == "ingress" and answer.status_code == _NOT_FOUND:
-                raise UserError(f"`{tool.handler}` cannot be called: {problem['message']}.")
-            raise ToolFailed(problem["message"])
-        if tool.sends:
-            return tool.sent(answer.json()["invocationId"])
-        return tool.handler.decode(answer.content)
-
-    def _http(self) -> httpx2.AsyncClient:
-        # trust_env: a proxy from the environment must not get requests to loopback
-        return httpx2.AsyncClient(
-            headers=self._headers, trust_env=False, timeout=httpx2.Timeout(None, connect=10)
-        )
 
 
 async def _call(context: Context, tool: _Tool, key: str | None, body: bytes) -> Any:
@@ -393,11 +354,21 @@ async def _call(context: Context, tool: _Tool, key: str | None, body: bytes) -> 
         with anyio.CancelScope(shield=True):
             context.cancel_invocation(await call.invocation_id())
         raise
-    except InvocationCancelled:
-        raise  # Restate has cancelled the call as well
-    except TerminalError as error:
-        raise ToolFailed(error.message) from error
     return tool.handler.decode(response)
+
+
+async def _call_over_http(server: ServerURLs, tool: _Tool, key: str | None, body: bytes) -> Any:
+    if server.ingress is None:
+        raise UserError(
+            f"The hosted tool `{tool.name}` is called by a handler that `durable.app` hosts, but this code "
+            "runs outside one, or inside a step. Run the agent in the handler itself, or give "
+            "`HostedToolset(..., ingress_url=...)` to call it over HTTP."
+        )
+    service, handler, delay = tool.handler.service, tool.handler.name, tool.options.delay
+    answer = await server.call(service, handler, body, key=key, send=tool.sends, delay=delay)
+    if tool.sends:
+        return tool.sent(answer.json()["invocationId"])
+    return tool.handler.decode(answer.content)
 
 
 def _unknown(
