@@ -20,6 +20,7 @@ from durable._journaled import step
 from durable._logfire import configure_logfire
 from durable._operation_backend import idempotency_key
 from durable._options import DEFAULT_RUN_OPTIONS
+from durable._sagas import Saga, saga
 from durable._sessions import Session, SessionStatus
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "HostedToolset",
     "PendingCall",
     "RestateDurability",
+    "Saga",
     "Session",
     "SessionMessage",
     "SessionStatus",
@@ -46,5 +48,6 @@ __all__ = [
     "configure_logfire",
     "idempotency_key",
     "restate_context",
+    "saga",
     "step",
 ]

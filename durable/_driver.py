@@ -23,7 +23,8 @@ stored it and sent it back, which is the order that replays see.
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from contextvars import ContextVar
 from math import ceil
 from typing import Any, TypeVar
 
@@ -64,6 +65,12 @@ class InvocationCancelled(TerminalError):
     def __init__(self) -> None:
         """Create the error with the message and status that the SDK uses."""
         super().__init__("cancelled", status_code=409)
+
+
+hold_back: ContextVar[Callable[[BaseException], None] | None] = ContextVar(
+    "durable.hold_back", default=None
+)
+"""Takes the cancellation of code that waits, which then waits on; it may let the cancellation through."""
 
 
 class Driver:
@@ -154,15 +161,20 @@ class Driver:
                 "A durable operation was awaited inside a step (`ctx.run`). Steps cannot be nested: await it "
                 'in handler code, in a tool with `metadata={"restate": False}` for instance.'
             )
-        if self._loop.is_closed():
-            raise AttemptOver
-        waiter = self._loop.create_future()
-        self._waiters[waiter] = unresolved
-        try:
-            with waiting(self._telemetry.waiting_for(_handles(unresolved))):
-                await waiter
-        finally:
-            self._waiters.pop(waiter, None)
+        while True:
+            if self._loop.is_closed():
+                raise AttemptOver
+            waiter = self._loop.create_future()
+            self._waiters[waiter] = unresolved
+            try:
+                with waiting(self._telemetry.waiting_for(_handles(unresolved))):
+                    return await waiter
+            except (InvocationCancelled, asyncio.CancelledError) as cancellation:
+                if (take := hold_back.get()) is None:
+                    raise
+                take(cancellation)
+            finally:
+                self._waiters.pop(waiter, None)
 
     async def _deliver(self, root: asyncio.Task[Any]) -> None:
         """Get the next completion from the SDK's core and hand it to whoever waits for it."""

@@ -145,18 +145,18 @@ def handler_failure(error: Exception) -> TerminalError | None:
     `asyncio.TaskGroup` and anyio raise: one hopeless failure in a group makes it hopeless. What
     could not be undone is in the message: the caller has to know.
     """
-    known = next(
-        (it for it in _chain(error) if isinstance(it, (TerminalError, RetryableError))), None
-    )
-    failure = known or _hopeless(error)
+    failure = _hopeless(error)
     notes = [note for cause in _causes(error) for note in _notes(cause)]
-    if isinstance(failure, TerminalError) and notes:
-        message = "\n".join([failure.message, *notes])
-        return TerminalError(message, failure.status_code, failure.metadata)
-    return None if known is not None else failure  # the SDK knows what to do with its own
+    if not notes or not ends_invocation(error):
+        return failure
+    failure = failure or next(it for it in _chain(error) if isinstance(it, TerminalError))
+    message = "\n".join([failure.message, *notes])
+    return TerminalError(message, failure.status_code, failure.metadata)
 
 
 def _hopeless(error: Exception) -> TerminalError | None:
+    if any(isinstance(cause, (TerminalError, RetryableError)) for cause in _chain(error)):
+        return None  # the SDK knows what to do
     for cause in _causes(error):
         if isinstance(cause, TerminalError):
             return cause
@@ -180,7 +180,7 @@ def ends_invocation(error: Exception) -> bool:
     for cause in _chain(error):
         if isinstance(cause, (TerminalError, RetryableError)):
             return isinstance(cause, TerminalError)
-    return handler_failure(error) is not None
+    return _hopeless(error) is not None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

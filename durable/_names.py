@@ -46,6 +46,11 @@ def notification(agent: str, tool: str) -> str:
     return f"{agent}__notify:{tool}"
 
 
+def undo(agent: str, tool: str) -> str:
+    """Name the step that undoes a call of `tool`."""
+    return f"{agent}__undo:{tool}"
+
+
 def steering_signal(number: int) -> str:
     """Name the signal that carries a message to the runs of an invocation."""
     return f"agent_run.steer:{number}"

@@ -33,6 +33,7 @@ from restate.exceptions import RetryableError
 from restate.serde import BytesSerde
 
 from durable._context import current_invocation
+from durable._driver import InvocationCancelled, hold_back
 from durable._errors import describe, not_serializable, original_error, step_failure, verdict
 from durable._identity import current_run_clock
 from durable._names import declaration, renamed
@@ -61,7 +62,28 @@ class Step:
     """What agents that ran inside the body used, on the account of the run."""
 
 
+@dataclass
+class FinishedCall:
+    """A tool call whose step is waited for in spite of a cancellation, because its result is needed."""
+
+    id: tuple[str | None, str | None]
+    """Of the run and of the tool call."""
+
+    cancellation: BaseException | None = None
+    """What was held back."""
+
+    def hold_back(self, cancellation: BaseException) -> None:
+        """Keep `cancellation` for later; a second one from outside is in earnest."""
+        if isinstance(self.cancellation, InvocationCancelled):
+            if isinstance(cancellation, InvocationCancelled):
+                raise cancellation
+            return
+        self.cancellation = cancellation
+
+
 current_step: ContextVar[Step | None] = ContextVar("durable.step", default=None)
+finished_call: ContextVar[FinishedCall | None] = ContextVar("durable.finished_call", default=None)
+"""The call whose tool is called, and waited for to the end."""
 _caller: ContextVar[RunContext[Any] | None] = ContextVar("durable.caller", default=None)
 
 
@@ -99,7 +121,13 @@ class RestateOperationBackend(JournalCallableOperationBackend[StepOptions]):
         del cache_key
         if isinstance(operation_id, ModelRequestId | ToolsetCallToolId):
             note_step(name)
-        return await run_step(name, body, config)
+        call, ctx = finished_call.get(), _caller.get()
+        own = call is not None and ctx is not None and call.id == (ctx.run_id, ctx.tool_call_id)
+        token = hold_back.set(call.hold_back if call is not None and own else None)
+        try:
+            return await run_step(name, body, config)
+        finally:
+            hold_back.reset(token)
 
 
 async def run_step(
