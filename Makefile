@@ -14,8 +14,8 @@ help: ## list the targets
 
 setup: .venv/.ready ## set up the environment (the other targets do it by themselves)
 
-demo: .venv/.ready ## two patterns on a real server, the worker killed in the middle (KEEP=1 leaves it running)
-	@$(BIN)/python -m services.demo $(if $(KEEP),--keep)
+demo: .venv/.ready ## the patterns on a real server, a worker killed in the middle (PATTERN=routing: one; KEEP=1 leaves it running)
+	@$(BIN)/python -m services.demo $(if $(KEEP),--keep) $(PATTERN)
 
 dev: .venv/.ready ## serve the patterns with reload on a persistent server
 	@$(BIN)/durable dev services:app
