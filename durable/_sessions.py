@@ -21,7 +21,7 @@ summary.
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from pydantic import BaseModel, Field
 from pydantic_ai.agent import AbstractAgent
@@ -48,15 +48,16 @@ from durable._options import StepOptions
 
 AnyObjectContext = ObjectContext | ObjectSharedContext
 
-MAX_TURN_SIZE = 16 * 2**20
-"""Bytes that the messages of one turn may have: Restate's own limit, for a value and for all that is sent along with
-the start of an attempt, is 32 MiB."""
+MAX_SESSION_SIZE = 15 * 2**20
+"""Bytes that the messages of a session may have. A compaction stores new ones beside those that it makes superfluous, and
+restate-server pauses an invocation whose state exceeds its memory, 32 MiB by default."""
 
 
 class SessionStatus(BaseModel):
     """What a session is doing, and how far it is."""
 
     status: Literal["idle", "running"] = "idle"
+    """`running` also where the invocation of the last turn was killed by hand, until the next turn."""
 
     invocation_id: str | None = None
     """The invocation of the turn that is running, or was the last: the key of `durable.agent_run`."""
@@ -83,14 +84,17 @@ class _Record(BaseModel):
     """Keys that the next invocation clears."""
 
     @property
-    def turns(self) -> range:
-        """The turns that have a key."""
-        return range(self.first, self.status.turns)
+    def keys(self) -> list[str]:
+        """The keys of the messages, in order."""
+        summary = [] if self.summary is None else [session_summary(self.summary)]
+        return [*summary, *map(session_turn, range(self.first, self.status.turns))]
 
-    @property
-    def summary_keys(self) -> list[str]:
-        """The key of the summary, if there is one."""
-        return [] if self.summary is None else [session_summary(self.summary)]
+
+class _Part(NamedTuple):
+    """The messages under one key, also as they are stored."""
+
+    messages: list[ModelMessage]
+    value: bytes
 
 
 class MessagesSerde(Serde[list[ModelMessage]]):
@@ -130,17 +134,14 @@ class Session:
         ctx: ObjectContext,
         invocation: Invocation,
         record: _Record,
-        *,
-        summary: list[ModelMessage],
-        turns: dict[int, list[ModelMessage]],
+        parts: dict[str, _Part],
         when_idle: Callable[[datetime], None] | None,
     ) -> None:
         """Use `Session.open` instead."""
         self._ctx = ctx
         self._invocation = invocation
         self._record = record
-        self._summary = summary
-        self._turns = turns
+        self._parts = parts
         self._when_idle = when_idle
 
     @classmethod
@@ -162,19 +163,11 @@ class Session:
                 "`Session.open` is for handlers of virtual objects: it was called outside."
             )
         record = await ctx.get(SESSION, serde=_RECORD) or _Record()
-        turn_keys = list(map(session_turn, record.turns))
-        values = await _read(ctx, invocation, [*record.summary_keys, *turn_keys])
+        parts = await _read(ctx, invocation, record.keys)
         for key in record.superfluous:
             ctx.clear(key)
         record.superfluous = []
-        return cls(
-            ctx,
-            invocation,
-            record,
-            summary=_joined(values[key] for key in record.summary_keys),
-            turns={number: values[session_turn(number)] for number in record.turns},
-            when_idle=when_idle,
-        )
+        return cls(ctx, invocation, record, parts, when_idle)
 
     @staticmethod
     async def status(ctx: AnyObjectContext) -> SessionStatus:
@@ -185,13 +178,12 @@ class Session:
     async def history(ctx: AnyObjectContext) -> list[ModelMessage]:
         """Return the messages of all turns that have succeeded; for shared handlers, while a turn runs too."""
         record = await ctx.get(SESSION, serde=_RECORD) or _Record()
-        keys = [*record.summary_keys, *map(session_turn, record.turns)]
-        return _joined([await _get(ctx, key) for key in keys])
+        return _joined([MESSAGES.deserialize(await _get(ctx, key)) for key in record.keys])
 
     @property
     def messages(self) -> list[ModelMessage]:
         """The messages of the turns until now."""
-        return _joined([self._summary, *self._turns.values()])
+        return _joined(part.messages for part in self._parts.values())
 
     async def run(
         self,
@@ -210,7 +202,7 @@ class Session:
             deps: The agent's dependencies.
 
         Raises:
-            TerminalError: 413 when the messages of this turn are too large to be stored.
+            TerminalError: 413 when the messages of the session would be too large.
             UserError: When the run ends with tool calls that wait for somebody.
             AgentRunError: When the run fails.
         """
@@ -249,22 +241,33 @@ class Session:
         messages, new = result.all_messages(), result.new_messages()
         _stamp(messages, self.messages, result.run_id, self._record.status.last_active)
         earlier = messages[: len(messages) - len(new)]
-        number, record = self._record.status.turns, self._record
-        values = {session_turn(number): _stored(new)}
-        kept, summary = self._turns, self._summary
-        if earlier != _normal([summary, *kept.values()]):
-            kept = _unchanged(kept, earlier)
-            summary = earlier[: len(earlier) - len(_normal(kept.values()))]
-            if summary:
-                values[session_summary(number)] = _stored(summary)
-            dropped = [session_turn(it) for it in self._turns if it not in kept]
-            record.superfluous += [*record.summary_keys, *dropped]
+        record, number = self._record, self._record.status.turns
+        kept, summary = self._parts, dict[str, _Part]()
+        if earlier != _normal(kept):
+            kept = self._unchanged(earlier)
+            if rest := earlier[: len(earlier) - len(_normal(kept))]:
+                summary[session_summary(number)] = _part(rest)
+        turn = {session_turn(number): _part(new)}
+        parts = {**summary, **kept, **turn}
+        _check_size(parts)
+        for key, part in {**summary, **turn}.items():
+            self._ctx.set(key, part.value, serde=_BYTES)
+        if kept is not self._parts:
+            record.superfluous += [key for key in self._parts if key not in kept]
             record.summary = number if summary else None
-            record.first = min(kept, default=number)
-        for key, value in values.items():
-            self._ctx.set(key, value, serde=_BYTES)
-        self._summary, self._turns = summary, {**kept, number: new}
+            record.first = number - len(kept)
+        self._parts = parts
         record.status.turns += 1
+
+    def _unchanged(self, earlier: list[ModelMessage]) -> dict[str, _Part]:
+        """Return the latest turns that `earlier` still ends with."""
+        turns = list(self._parts.items())[0 if self._record.summary is None else 1 :]
+        for first in range(len(turns)):
+            kept = dict(turns[first:])
+            ending = _normal(kept)
+            if earlier[-len(ending) :] == ending:
+                return kept
+        return {}
 
     def _end(self, usage: RunUsage) -> None:
         status = self._record.status
@@ -276,10 +279,8 @@ class Session:
             self._when_idle(status.last_active)
 
 
-async def _read(
-    ctx: ObjectContext, invocation: Invocation, keys: list[str]
-) -> dict[str, list[ModelMessage]]:
-    """Return the messages under `keys`, which went into the journal only if the server did not send them along."""
+async def _read(ctx: ObjectContext, invocation: Invocation, keys: list[str]) -> dict[str, _Part]:
+    """Return what is stored under `keys`; it goes into the journal only if the server does not send it along."""
     sent = invocation.preloaded
     preloaded: Mapping[str, bytes] = {} if sent is None else sent.state()
     codec: JournalValueCodec | None = cast(Any, ctx).journal_codec
@@ -287,38 +288,55 @@ async def _read(
     async def missing() -> list[str]:
         return [key for key in keys if key not in preloaded]
 
-    got = cast("list[str]", await run_step(SESSION_OPENED, missing, StepOptions()))
-    values = {key: await _get(ctx, key) for key in got}
+    left_out = cast("list[str]", await run_step(SESSION_OPENED, missing, StepOptions()))
+    parts: dict[str, _Part] = {}
     for key in keys:
-        if key in values:
-            continue
-        if key not in preloaded:
+        if key in left_out:
+            value = await _get(ctx, key)
+        elif key in preloaded:
+            value = preloaded[key] if codec is None else await codec.decode(preloaded[key])
+        else:
             raise RuntimeError(
                 f"The server sent the state {key!r} along with an earlier attempt of this invocation and does not "
                 "any more. Was `worker.invoker.eager-state-size-limit` lowered? Restate will try again."
             )
-        value = preloaded[key] if codec is None else await codec.decode(preloaded[key])
-        values[key] = MESSAGES.deserialize(value)
-    return values
+        parts[key] = _Part(MESSAGES.deserialize(value), value)
+    return parts
 
 
-async def _get(ctx: AnyObjectContext, key: str) -> list[ModelMessage]:
-    messages = await ctx.get(key, serde=MESSAGES)
-    if messages is None:
+async def _get(ctx: AnyObjectContext, key: str) -> bytes:
+    value = await ctx.get(key, serde=_BYTES)
+    if value is None:
         raise TerminalError(
             f"The session {ctx.key()!r} was cleared while it was read: {key!r} is gone.",
             status_code=409,
         )
-    return messages
+    return value
 
 
 def _joined(groups: Iterable[list[ModelMessage]]) -> list[ModelMessage]:
     return [message for group in groups for message in group]
 
 
-def _normal(groups: Iterable[list[ModelMessage]]) -> list[ModelMessage]:
+def _part(messages: list[ModelMessage]) -> _Part:
+    return _Part(messages, MESSAGES.serialize(messages))
+
+
+def _normal(parts: Mapping[str, _Part]) -> list[ModelMessage]:
     """Return the messages as a run takes them: adjacent requests, of two turns, are merged."""
-    return repair_messages(_joined(groups), repair_last_response=False)
+    messages = _joined(part.messages for part in parts.values())
+    return repair_messages(messages, repair_last_response=False)
+
+
+def _check_size(parts: Mapping[str, _Part]) -> None:
+    size = sum(len(part.value) for part in parts.values())
+    if size > MAX_SESSION_SIZE:
+        raise TerminalError(
+            f"With this turn the messages of the session would have {size} bytes, more than the {MAX_SESSION_SIZE} "
+            "that can be stored. Pass URLs instead of large files, shorten the history with a history "
+            "processor, or clear the session.",
+            status_code=413,
+        )
 
 
 def _stamp(
@@ -338,26 +356,3 @@ def _stamp(
             made: datetime | None = getattr(it, "timestamp", None)
             if message.run_id != run_id and id(it) not in known and made and began and made > began:
                 setattr(it, "timestamp", began)  # noqa: B010 - not every part has one
-
-
-def _unchanged(
-    turns: dict[int, list[ModelMessage]], messages: list[ModelMessage]
-) -> dict[int, list[ModelMessage]]:
-    """Return the latest of `turns` with which `messages` ends."""
-    for first in turns:
-        kept = {number: turn for number, turn in turns.items() if number >= first}
-        ending = _normal(kept.values())
-        if messages[-len(ending) :] == ending:
-            return kept
-    return {}
-
-
-def _stored(messages: list[ModelMessage]) -> bytes:
-    value = MESSAGES.serialize(messages)
-    if len(value) > MAX_TURN_SIZE:
-        raise TerminalError(
-            f"The messages of this turn have {len(value)} bytes, more than the {MAX_TURN_SIZE} that are "
-            "stored: pass URLs instead of large files, and let tools return less.",
-            status_code=413,
-        )
-    return value

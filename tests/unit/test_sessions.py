@@ -302,17 +302,19 @@ async def test_a_turn_that_waits_for_somebody_else() -> None:
     assert stored(invocation.state) == {}
 
 
-async def test_a_turn_that_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """413 with the limit; the session goes on."""
-    monkeypatch.setattr(_sessions, "MAX_TURN_SIZE", 5000)
+async def test_a_session_that_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """413 with the limit; the session goes on, and compaction makes room."""
+    monkeypatch.setattr(_sessions, "MAX_SESSION_SIZE", 10_000)
     chat = durable.agent_session(agent())
-    before = await say(chat, "one")
-    invocation = turn(chat, "a" * 5000, before)
-    with pytest.raises(TerminalError, match="more than the 5000 that are stored") as caught:
+    before = await say(chat, "a" * 4000, "one")
+    invocation = turn(chat, "a" * 4000, before)
+    with pytest.raises(TerminalError, match="more than the 10000 that can be stored") as caught:
         await invocation.run()
     assert caught.value.status_code == 413
     assert stored(invocation.state) == stored(before)
-    assert await turn(chat, "two", invocation.state).run() == "answer 2"
+    assert await turn(chat, "two", invocation.state).run() == "answer 3"
+    compacting = durable.agent_session(agent(Model(), last_messages(3)))
+    assert await turn(compacting, "a" * 4000, invocation.state).run() == "answer 2"
 
 
 @pytest.mark.parametrize(
