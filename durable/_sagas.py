@@ -12,8 +12,8 @@ its run is cancelled: an undo beside it might come too early, and could not have
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -216,7 +216,7 @@ async def saga() -> AsyncGenerator[None]:
     try:
         yield
     except (Exception, asyncio.CancelledError) as error:
-        if recording.calls and recording.is_over(error):
+        if recording.is_over(error):
             await _to_its_end(recording.undo(error))
         raise
     finally:
@@ -237,6 +237,29 @@ class _Recording:
 
     calls: "list[_Call]" = field(default_factory=list["_Call"])
 
+    _under_way: dict[asyncio.Future[None], asyncio.Task[Any]] = field(
+        default_factory=dict[asyncio.Future[None], asyncio.Task[Any]]
+    )
+    """The ends of the calls that have not ended, and their tasks."""
+
+    @contextmanager
+    def call_under_way(self) -> Generator[None]:
+        """Know of a call until it has ended."""
+        end, task = asyncio.get_running_loop().create_future(), asyncio.current_task()
+        assert task is not None
+        self._under_way[end] = task
+        try:
+            yield
+        finally:
+            del self._under_way[end]
+            end.set_result(None)
+
+    def add(self, call: "_Call", result: Any) -> None:
+        """Record that `call` has ended."""
+        if isinstance(result, ToolReturn):
+            result = cast("ToolReturn[Any]", result).return_value
+        self.calls.append(replace(call, number=next(self.numbers), result=result))
+
     def is_over(self, error: BaseException) -> bool:
         """Whether the run is over with `error`, and not just the attempt."""
         if self.invocation is None:
@@ -248,6 +271,10 @@ class _Recording:
     async def undo(self, error: BaseException) -> None:
         """Undo all calls, and note on `error` which could not be undone."""
         hold_back.set(_ignore)
+        if under_way := dict(self._under_way):  # PydanticAI would cancel them, but later
+            for task in under_way.values():
+                task.cancel()
+            await asyncio.wait(under_way)
         for call in sorted(self.calls, key=attrgetter("number"), reverse=True):
             try:
                 await call.undo()
@@ -279,7 +306,6 @@ async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
 class _Call:
     """A tool call that may have had its effect."""
 
-    number: int
     tool: str
     undoing: Undo
     step: str
@@ -287,7 +313,8 @@ class _Call:
     key: str
     ctx: RunContext[Any]
     args: dict[str, Any]
-    result: Any
+    result: Any = None
+    number: int = 0
 
     async def undo(self) -> None:
         async def body() -> None:
@@ -309,12 +336,19 @@ class _RecordingToolset(WrapperToolset[AgentDepsT]):
     options: StepOptions
 
     async def get_tools(self, ctx: RunContext[AgentDepsT]) -> dict[str, ToolsetTool[AgentDepsT]]:
-        """Return the tools, and check that the undos fit.
+        """Return the tools, and check the undos that were not checked before.
 
         Raises:
-            UserError: When one does not, or is for no tool.
+            UserError: When one does not fit its tool, or there is no such tool.
         """
         tools = await super().get_tools(ctx)
+        unchecked = {name: it for name, it in self.undos.items() if name not in self.checked}
+        if unchecked and (faults := self._faults(unchecked, tools)):
+            raise UserError(f"The saga does not fit the agent: {'; '.join(faults)}.")
+        self.checked.update(unchecked.keys() & tools.keys())
+        return tools
+
+    def _faults(self, undos: dict[str, Undo], tools: dict[str, ToolsetTool[Any]]) -> list[str]:
         hidden: set[str] = set()
 
         def collect(leaf: AbstractToolset[AgentDepsT]) -> None:
@@ -323,18 +357,13 @@ class _RecordingToolset(WrapperToolset[AgentDepsT]):
 
         self.apply(collect)
         faults: list[str] = []
-        for name, undo in self.undos.items():
-            if name in self.checked:
-                continue
+        for name, undo in undos.items():
             if name in tools:
                 faults += undo.misfits(tools[name])
             elif name not in hidden:
                 known = ", ".join(f"`{it}`" for it in sorted(tools)) or "none"
                 faults.append(f"`{undo.name}` undoes `{name}`, but the tools are {known}")
-        if faults:
-            raise UserError(f"The saga does not fit the agent: {'; '.join(faults)}.")
-        self.checked.update(self.undos.keys() & tools.keys())
-        return tools
+        return faults
 
     async def call_tool(
         self,
@@ -343,44 +372,37 @@ class _RecordingToolset(WrapperToolset[AgentDepsT]):
         ctx: RunContext[AgentDepsT],
         tool: ToolsetTool[AgentDepsT],
     ) -> Any:
-        """Call the tool; a cancellation comes after the end of its step."""
+        """Call the tool, and record the call if it can be undone."""
         undo, recording = self.undos.get(name), _recording.get()
-        if undo is None or recording is None:
-            return await super().call_tool(name, tool_args, ctx, tool)
-
-        def record(result: Any) -> None:
-            if isinstance(result, ToolReturn):
-                result = cast("ToolReturn[Any]", result).return_value
-            recording.calls.append(
-                _Call(
-                    number=next(recording.numbers),
-                    tool=name,
-                    undoing=undo,
-                    step=undo_step(_agent_name(ctx), name),
-                    options=self.options,
-                    key=f"{idempotency_key(ctx)}:undo",
-                    ctx=replace(ctx, pending_messages=None),
-                    args=tool_args,
-                    result=result,
-                )
+        assert recording is not None
+        with recording.call_under_way():
+            if undo is None:
+                return await super().call_tool(name, tool_args, ctx, tool)
+            call = _Call(
+                tool=name,
+                undoing=undo,
+                step=undo_step(_agent_name(ctx), name),
+                options=self.options,
+                key=f"{idempotency_key(ctx)}:undo",
+                ctx=replace(ctx, pending_messages=None),
+                args=tool_args,
             )
-
-        call = FinishedCall((ctx.run_id, ctx.tool_call_id))
-        token = finished_call.set(call)
-        try:
-            result = await super().call_tool(name, tool_args, ctx, tool)
-        except (Exception, asyncio.CancelledError) as error:
-            if undo.takes_unknown and not _says_not_done(error):
-                record(None)
-            if call.cancellation is not None:
-                raise call.cancellation from None
-            raise
-        finally:
-            finished_call.reset(token)
-        record(result)
-        if call.cancellation is not None:
-            raise call.cancellation
-        return result
+            held = FinishedCall((ctx.run_id, ctx.tool_call_id))
+            token = finished_call.set(held)
+            try:
+                result = await super().call_tool(name, tool_args, ctx, tool)
+            except (Exception, asyncio.CancelledError) as error:
+                if undo.takes_unknown and not _says_not_done(error):
+                    recording.add(call, None)
+                if held.cancellation is not None:
+                    raise held.cancellation from None
+                raise
+            finally:
+                finished_call.reset(token)
+            recording.add(call, result)
+            if held.cancellation is not None:
+                raise held.cancellation
+            return result
 
 
 def _says_not_done(error: BaseException) -> bool:
