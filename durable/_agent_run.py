@@ -141,7 +141,9 @@ class _Letter(BaseModel):
     """The awakeable that is resolved when the run has taken the message."""
 
 
-_INVOCATION_ID = re.compile(r"inv_1[0-9A-Za-z]{33,}")
+INVOCATION_ID = re.compile(r"inv_1[0-9A-Za-z]{33,}")
+"""What Restate's ids of invocations look like."""
+
 _NOT_FOUND = 404
 _LETTER: Serde[_Letter] = PydanticJsonSerde(_Letter)
 
@@ -196,7 +198,7 @@ async def steer(ctx: ObjectSharedContext, message: SteeringMessage) -> None:
             invocation.
     """
     invocation = ctx.key()
-    if not _INVOCATION_ID.fullmatch(invocation):
+    if not INVOCATION_ID.fullmatch(invocation):
         raise _no_such(invocation)
     receipt, taken = ctx.awakeable(type_hint=type(None))
     number = await ctx.object_call(count, key=invocation, arg=None)
@@ -285,7 +287,7 @@ async def stop(ctx: ObjectSharedContext) -> None:
     Raises:
         TerminalError: 404 when the key is not the id of an invocation.
     """
-    if not _INVOCATION_ID.fullmatch(ctx.key()):
+    if not INVOCATION_ID.fullmatch(ctx.key()):
         raise _no_such(ctx.key())
     ctx.cancel_invocation(ctx.key())
 

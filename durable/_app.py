@@ -169,9 +169,12 @@ class _OutputSerde(Serde[Any]):
 
 
 def _describe(error: ValidationError) -> str:
+    return f"The request does not fit `{error.title}`: {list_problems(error)}."
+
+
+def list_problems(error: ValidationError) -> str:
     """List what is wrong field by field, without the values: they may be secret or huge."""
-    problems = [
+    return "; ".join(
         f"`{'.'.join(map(str, problem['loc'])) or 'body'}`: {problem['msg']}"
         for problem in error.errors(include_url=False, include_input=False, include_context=False)
-    ]
-    return f"The request does not fit `{error.title}`: {'; '.join(problems)}."
+    )
