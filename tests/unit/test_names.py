@@ -68,6 +68,10 @@ def test_names_of_our_own() -> None:
     assert _names.notification("a", "refund") == "a__notify:refund"
     assert _names.external_event("a", "review") == "a__external_event.review"
     assert _names.steering_signal(0) == "agent_run.steer:0"
+    assert (_names.SESSION, _names.SESSION_OPENED) == ("session", "session.open")
+    assert _names.session_turn(0) == "session.turn:0"
+    assert _names.session_summary(0) == "session.summary:0"
+    assert _names.hosted_toolset("shop") == "hosted_toolset__shop.get_tools"
 
 
 @pytest.mark.parametrize(
@@ -92,6 +96,9 @@ def test_names_of_our_own() -> None:
         "__notify:{tool}",
         "__external_event.{name}",
         "`agent_run.steer:{number}`",
+        "`session.open`",
+        "`session.turn:{number}`",
+        "`session.summary:{number}`",
     ],
 )
 def test_the_readme_lists_them(name: str) -> None:
