@@ -38,7 +38,7 @@ class HostedHandler:
     description: str | None
 
     parameters: dict[str, Any]
-    """The JSON schema of the arguments."""
+    """The JSON schema of the arguments, an object with `properties`."""
 
     result: dict[str, Any]
     """The JSON schema of what it returns."""
@@ -110,7 +110,7 @@ def from_function(function: Callable[..., Any], key: object) -> HostedHandler:
         name=handler.name,
         keyed=tag.kind != "service",
         description=tool.description,
-        parameters=schema.json_schema,
+        parameters={"properties": {}, **_resolved(schema.json_schema)},
         result=schema.return_schema,
         encode=encode,
         decode=decode,
@@ -202,8 +202,9 @@ def reduced(service: Mapping[str, Any]) -> dict[str, Any]:
 def _resolved(schema: dict[str, Any]) -> dict[str, Any]:
     """Return a schema that is a reference to one of its own definitions, as recursive types have, in full."""
     place, _, name = schema.get("$ref", "").rpartition("/")
-    definition = schema.get(place.removeprefix("#/"), {}).get(name, {})
-    return {**{it: schema[it] for it in schema if it != "$ref" or not definition}, **definition}
+    definition = schema.get(place.removeprefix("#/"), {}).get(name)
+    dropped = ["$schema"] if definition is None else ["$schema", "$ref"]
+    return {it: schema[it] for it in schema if it not in dropped} | (definition or {})
 
 
 def _validator(schema: dict[str, Any]) -> Callable[[Any], None]:

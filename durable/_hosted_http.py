@@ -10,6 +10,8 @@ import httpx2
 from pydantic_ai.exceptions import UserError
 from restate import TerminalError
 
+from durable._tracing import trace_headers
+
 _NOT_FOUND = 404
 
 
@@ -56,7 +58,7 @@ class ServerURLs:
             "POST",
             _url(self.ingress, service, key, handler, "send" if send else None),
             content=body,
-            headers={"content-type": "application/json"} if body else {},
+            headers=trace_headers() | ({"content-type": "application/json"} if body else {}),
             params=None if delay is None else {"delay": f"{delay // timedelta(milliseconds=1)}ms"},
             timeout=httpx2.Timeout(None, connect=10),
         )

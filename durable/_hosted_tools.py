@@ -17,13 +17,13 @@ from datetime import timedelta
 from keyword import iskeyword
 from typing import Any
 
-import anyio
 from pydantic_ai.exceptions import ModelRetry, ToolFailed, UserError
 from pydantic_ai.tools import AgentDepsT, RunContext, ToolDefinition
 from pydantic_ai.toolsets import AbstractToolset, ToolsetTool
 from pydantic_core import SchemaValidator, core_schema
 from restate import Context, TerminalError
 
+from durable._calls import call
 from durable._context import current_invocation
 from durable._driver import InvocationCancelled
 from durable._errors import original_error
@@ -32,6 +32,7 @@ from durable._hosted_http import ServerURLs
 from durable._names import hosted_toolset
 from durable._operation_backend import run_step
 from durable._options import StepOptions
+from durable._tracing import trace_headers
 
 _ARGUMENTS = SchemaValidator(core_schema.dict_schema(core_schema.str_schema()))
 
@@ -62,27 +63,6 @@ class HostedTool:
 
     timeout: float | None = None
     """Seconds after which the call is cancelled and the model may try again."""
-
-    def faults(self) -> list[str]:
-        """Return what is wrong with the options by themselves."""
-        found: list[str] = []
-        if isinstance(self.handler, str):
-            parts = self.handler.split("/")
-            if not all(parts) or len(parts) > 2:
-                found.append(f'{self.handler!r} is neither "Service" nor "Service/handler"')
-            elif self.name is not None and len(parts) == 1:
-                found.append(
-                    f"{self.handler!r} may have several handlers, so it cannot have a `name`"
-                )
-        if isinstance(self.key, str) and (not self.key.isidentifier() or iskeyword(self.key)):
-            found.append(f"the `key` {self.key!r} cannot be the name of an argument")
-        if self.delay is not None and self.delay < timedelta(0):
-            found.append(f"`delay` must not be negative, got {self.delay!r}")
-        if self.timeout is not None and self.timeout <= 0:
-            found.append(f"`timeout` must be positive, got {self.timeout!r}")
-        if self.timeout is not None and (self.send or self.delay is not None):
-            found.append("`timeout` has no effect on what is sent")
-        return found
 
 
 @dataclass(frozen=True)
@@ -213,7 +193,7 @@ class HostedToolset(AbstractToolset[AgentDepsT]):
         known: list[_Tool] = []
         self._by_name: list[tuple[HostedTool, str, str]] = []
         for tool in given:
-            if wrong := tool.faults():
+            if wrong := _option_faults(tool):
                 faults += wrong
             elif isinstance(tool.handler, str):
                 service, _, handler = tool.handler.partition("/")
@@ -343,18 +323,11 @@ class HostedToolset(AbstractToolset[AgentDepsT]):
 
 
 async def _call(context: Context, tool: _Tool, key: str | None, body: bytes) -> Any:
-    service, handler = tool.handler.service, tool.handler.name
-    if tool.sends:
-        handle = context.generic_send(service, handler, body, key, tool.options.delay)
-        return tool.sent(await handle.invocation_id())
-    call = context.generic_call(service, handler, body, key)
-    try:
-        response = await call
-    except asyncio.CancelledError:
-        with anyio.CancelScope(shield=True):
-            context.cancel_invocation(await call.invocation_id())
-        raise
-    return tool.handler.decode(response)
+    service, handler, delay = tool.handler.service, tool.handler.name, tool.options.delay
+    if not tool.sends:
+        return tool.handler.decode(await call(context, service, handler, body, key))
+    handle = context.generic_send(service, handler, body, key, delay, headers=trace_headers())
+    return tool.sent(await handle.invocation_id())
 
 
 async def _call_over_http(server: ServerURLs, tool: _Tool, key: str | None, body: bytes) -> Any:
@@ -369,6 +342,26 @@ async def _call_over_http(server: ServerURLs, tool: _Tool, key: str | None, body
     if tool.sends:
         return tool.sent(answer.json()["invocationId"])
     return tool.handler.decode(answer.content)
+
+
+def _option_faults(tool: HostedTool) -> list[str]:
+    """Return what is wrong with the options by themselves."""
+    found: list[str] = []
+    if isinstance(tool.handler, str):
+        parts = tool.handler.split("/")
+        if not all(parts) or len(parts) > 2:
+            found.append(f'{tool.handler!r} is neither "Service" nor "Service/handler"')
+        elif tool.name is not None and len(parts) == 1:
+            found.append(f"{tool.handler!r} may have several handlers, so it cannot have a `name`")
+    if isinstance(tool.key, str) and (not tool.key.isidentifier() or iskeyword(tool.key)):
+        found.append(f"the `key` {tool.key!r} cannot be the name of an argument")
+    if tool.delay is not None and tool.delay < timedelta(0):
+        found.append(f"`delay` must not be negative, got {tool.delay!r}")
+    if tool.timeout is not None and tool.timeout <= 0:
+        found.append(f"`timeout` must be positive, got {tool.timeout!r}")
+    if tool.timeout is not None and (tool.send or tool.delay is not None):
+        found.append("`timeout` has no effect on what is sent")
+    return found
 
 
 def _unknown(

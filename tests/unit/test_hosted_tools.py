@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import pytest
 import restate
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, RootModel
 from pydantic_ai import Agent, RunContext
 from pydantic_ai.exceptions import UserError
 from pydantic_ai.messages import ModelMessage, ModelResponse, TextPart, ToolCallPart, ToolReturnPart
@@ -21,7 +21,7 @@ from restate import Context, ObjectContext, TerminalError
 from restate.serde import JsonSerde, Serde
 
 import durable
-from durable._hosted_handlers import from_description
+from durable._hosted_handlers import from_description, from_function
 from durable.testing import InMemoryInvocation, check_every_crash
 
 
@@ -152,6 +152,47 @@ async def test_other_types_are_one_parameter() -> None:
     tree = await definition(durable.HostedTool(plant, key=durable.idempotency_key))
     assert tree.parameters_json_schema["properties"] == {}
     assert (await definition(anything)).parameters_json_schema["properties"] == {"value": {}}
+
+
+class Team(BaseModel):
+    """People and their people."""
+
+    lead: str
+    teams: list["Team"] = []
+
+
+class Scores(RootModel[dict[str, int]]):
+    """Points by name."""
+
+
+@desks.handler()
+async def seat(ctx: ObjectContext, team: Team) -> None: ...
+
+
+@desks.handler()
+async def score(ctx: ObjectContext, scores: Scores) -> None: ...
+
+
+@desks.handler()
+async def seat_all(ctx: ObjectContext, teams: list[Team]) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("handler", "parameters", "arguments", "sent"),
+    [
+        (seat, ["lead", "teams"], {"lead": "a", "teams": [{"lead": "b"}]}, None),
+        (score, [], {"ada": 1}, b'{"ada":1}'),
+        (seat_all, ["teams"], {"teams": [{"lead": "a"}]}, b'[{"lead":"a","teams":[]}]'),
+    ],
+)
+async def test_nested_and_open_types(
+    handler: Any, parameters: list[str], arguments: dict[str, Any], sent: bytes | None
+) -> None:
+    """Recursive models have their fields as parameters, too; the key is beside them."""
+    keyed = await definition(durable.HostedTool(handler, key="floor"))
+    assert list(keyed.parameters_json_schema["properties"]) == ["floor", *parameters]
+    encoded = from_function(handler, "floor").encode(arguments)
+    assert encoded == (sent or Team.model_validate(arguments).model_dump_json().encode())
 
 
 @pytest.mark.parametrize(
