@@ -14,7 +14,7 @@ pays nothing: waiting for a signal makes no journal entry.
 import json
 import re
 import shlex
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated, Any, Literal, cast
 
 import restate
@@ -130,6 +130,9 @@ ANSWER: Serde[Answer] = PydanticJsonSerde(Answer)
 _PENDING: Serde[PendingCall] = PydanticJsonSerde(PendingCall)
 _CALL = "call:"
 
+RETENTION = timedelta(days=7)
+"""How long it is known that a call had its answer: until then a second answer is told so."""
+
 
 def _call(id: str) -> str:
     return f"{_CALL}{id}"
@@ -222,6 +225,7 @@ async def steer(ctx: ObjectSharedContext, message: SteeringMessage) -> None:
 @agent_run.handler(ingress_private=True)
 async def count(ctx: ObjectContext) -> int:
     """Return the number of the next message."""
+    await _remember(ctx)
     number = await ctx.get("messages", type_hint=int) or 0
     ctx.set("messages", number + 1)
     return number
@@ -230,6 +234,7 @@ async def count(ctx: ObjectContext) -> int:
 @agent_run.handler(ingress_private=True)
 async def ask(ctx: ObjectContext, call: PendingCall) -> None:
     """Take note of a call that waits for an answer."""
+    await _remember(ctx)
     ctx.set(_call(call.id), call, serde=_PENDING)
 
 
@@ -278,6 +283,23 @@ async def close(ctx: ObjectContext, closing: Closing) -> None:
     call = await ctx.get(_call(closing.call), serde=_PENDING)
     if call is not None and call.closed is None:
         ctx.set(_call(call.id), call.model_copy(update={"closed": closing.why}), serde=_PENDING)
+
+
+async def _remember(ctx: ObjectContext) -> None:
+    """See to it that what is known about the invocation is forgotten some day."""
+    if not await ctx.state_keys():
+        ctx.object_send(forget, key=ctx.key(), arg=None, send_delay=RETENTION)
+
+
+@agent_run.handler(ingress_private=True)
+async def forget(ctx: ObjectContext) -> None:
+    """Forget the invocation, unless a call still waits."""
+    for key in await ctx.state_keys():
+        call = await ctx.get(key, serde=_PENDING) if key.startswith(_CALL) else None
+        if call is not None and call.closed is None:
+            ctx.object_send(forget, key=ctx.key(), arg=None, send_delay=RETENTION)
+            return
+    ctx.clear_all()
 
 
 @agent_run.handler(kind="shared")

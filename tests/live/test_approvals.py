@@ -14,6 +14,7 @@ from pydantic_ai.exceptions import CallDeferred
 from pydantic_ai.tools import DeferredToolRequests, DeferredToolResults, RunContext
 
 import durable
+from durable import _agent_run
 from durable.server import RestateServer
 from tests.live.hosting import Ingress, agent_service, hosted
 from tests.live.scripted import call, done, script
@@ -210,7 +211,7 @@ async def test_stopping_a_run_that_waits(server: RestateServer) -> None:
         )
         await ingress.until(
             "SELECT id FROM sys_invocation WHERE target_service_name = 'AgentRun' "
-            "AND status != 'completed'",
+            "AND status NOT IN ('completed', 'scheduled')",
             lambda rows: not rows,
         )
         assert await pending(ingress, invocation) == []
@@ -218,6 +219,28 @@ async def test_stopping_a_run_that_waits(server: RestateServer) -> None:
         assert late.status_code == 409
         assert "ended with its run" in late.json()["message"]
     assert done == {"model": 1}
+
+
+async def test_what_is_over_is_forgotten(
+    server: RestateServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some time after the first question, but not while one still waits."""
+    monkeypatch.setattr(_agent_run, "RETENTION", timedelta(seconds=0.5))
+    told, tell = notifier()
+    service = agent_service("Refunds", refunds(durable.Approvals(notify=tell)))
+    async with hosted(server, service, durable.agent_run) as ingress:
+        invocation = await start(ingress)
+        asked = await told.get()
+        state = f"SELECT key FROM state WHERE service_key = '{invocation}'"
+        forgetting = (
+            "SELECT id FROM sys_invocation WHERE target_handler_name = 'forget' AND "
+            f"target_service_key = '{invocation}'"
+        )
+        await ingress.until(forgetting, lambda rows: len(rows) > 1)
+        assert await ingress.server.query(state)
+        await answer(ingress, invocation, call=asked.id, decision="approve")
+        await ingress.until(state, lambda rows: not rows)
+        assert await end(ingress, invocation) == "refund=A 10"
 
 
 async def test_an_app_that_cannot_take_answers(server: RestateServer) -> None:
