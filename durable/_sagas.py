@@ -349,18 +349,18 @@ class _RecordingToolset(WrapperToolset[AgentDepsT]):
         return tools
 
     def _faults(self, undos: dict[str, Undo], tools: dict[str, ToolsetTool[Any]]) -> list[str]:
-        hidden: set[str] = set()
+        functions: set[str] = set()  # also those that their `prepare` hides for now
 
         def collect(leaf: AbstractToolset[AgentDepsT]) -> None:
             if isinstance(leaf, FunctionToolset):
-                hidden.update(leaf.tools)  # a tool's `prepare` may hide it for now
+                functions.update(leaf.tools)
 
         self.apply(collect)
         faults: list[str] = []
         for name, undo in undos.items():
             if name in tools:
-                faults += undo.misfits(tools[name])
-            elif name not in hidden:
+                faults += undo.misfits(tools[name], complete=name in functions)
+            elif name not in functions:
                 known = ", ".join(f"`{it}`" for it in sorted(tools)) or "none"
                 faults.append(f"`{undo.name}` undoes `{name}`, but the tools are {known}")
         return faults

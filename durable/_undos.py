@@ -67,8 +67,13 @@ class Undo:
         else:
             await asyncio.to_thread(self._function, ctx, **picked)
 
-    def misfits(self, tool: ToolsetTool[Any]) -> list[str]:
-        """Say what does not fit `tool`."""
+    def misfits(self, tool: ToolsetTool[Any], *, complete: bool) -> list[str]:
+        """Say what does not fit `tool`.
+
+        Args:
+            tool: The tool.
+            complete: Whether its calls have all arguments, also those that the model left out.
+        """
         faults: list[str] = []
         name, schema = tool.tool_def.name, tool.tool_def.parameters_json_schema
         if self._by_name:
@@ -78,7 +83,9 @@ class Undo:
             faults += [
                 f"the argument `{it.name}` is optional, so give it a default"
                 for it in self._takes.values()
-                if it.name in arguments.keys() - required and it.default is Parameter.empty
+                if not complete
+                and it.name in arguments.keys() - required
+                and it.default is Parameter.empty
             ]
         options = tool_options(tool, name, base=StepOptions())
         if options and options.at_most_once and not self.takes_unknown:

@@ -825,9 +825,12 @@ async def test_undos_that_fit_no_tool_end_the_first_run_before_it_asks_the_model
     async def pay() -> str:
         return "paid"
 
-    @travel.agent.tool_plain(name="search")
-    async def find(city: str, nights: int = 1) -> str:
+    async def search(city: str, nights: int = 1) -> str:
         return city
+
+    @travel.agent.toolset(id="made")
+    def made(ctx: Context) -> FunctionToolset[None]:
+        return FunctionToolset([search])
 
     @travel.saga.undo(pay)
     async def refund(ctx: Context, result: str) -> None: ...
@@ -848,7 +851,9 @@ async def test_undos_that_fit_no_tool_end_the_first_run_before_it_asks_the_model
         "`forget` cannot undo `search`: the argument `nights` is optional, so give it a default",
     ):
         assert fault in failure.message
-    assert invocation.stored == []
+    assert [entry.name for entry in invocation.stored] == [
+        "travel__dynamic_toolset__made.get_tools"
+    ]
 
 
 async def test_a_tool_that_is_hidden_for_now_is_no_mistake() -> None:
