@@ -7,6 +7,7 @@ import durable
 from agents.models import DEFAULT_MODEL
 from services.chaining import call_chaining
 from services.evaluator_optimizer import evaluator_optimizer
+from services.human_in_the_loop import human_in_the_loop
 from services.orchestrator_workers import orchestrator_workers
 from services.parallelization import parallelization
 from services.routing import hosted_specialists, routing
@@ -22,6 +23,7 @@ app = durable.app(
         parallelization,
         orchestrator_workers,
         evaluator_optimizer,
+        human_in_the_loop,
         durable.agent_run,
     ]
 )

@@ -3,16 +3,21 @@
     python -m services.client routing --ingress http://127.0.0.1:8080 --idempotency-key demo-1
 
 With the same idempotency key the second call executes nothing and gets the first one's answers. A
-workflow is called under a key of its own; there the idempotency key is that key.
+workflow or virtual object is called under a key of its own; there the idempotency key is that key.
+
+Where a run waits for a person, the client plays that person.
 """
 
 import argparse
 import secrets
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import quote
 
 import httpx2
@@ -22,6 +27,12 @@ from rich.pretty import Pretty
 
 from services.chaining import CallChainingRequest, CallChainingResponse
 from services.evaluator_optimizer import EvaluatorOptimizerRequest, EvaluatorOptimizerResponse
+from services.human_in_the_loop import (
+    EXAMPLE_REVIEWS,
+    Feedback,
+    HumanInTheLoopRequest,
+    HumanInTheLoopResponse,
+)
 from services.orchestrator_workers import OrchestratorWorkersRequest, OrchestratorWorkersResponse
 from services.parallelization import (
     ParallelizationRequest,
@@ -52,13 +63,16 @@ class Pattern(Generic[ResponseT]):
     handler: str = "run"
     """Name of the handler."""
 
-    workflow: bool = False
-    """Whether the service is a workflow: calls have a key, and `run` executes once per key."""
+    kind: Literal["service", "object", "workflow"] = "service"
+    """Calls of objects and workflows have a key; a workflow's `run` executes once per key."""
 
-    def path(self, key: str) -> str:
-        """Return the path of the handler at the ingress; only a workflow's has the key in it."""
-        keyed = f"{self.service}/{quote(key, safe='')}" if self.workflow else self.service
-        return f"/{keyed}/{self.handler}"
+    reviews: Sequence[Feedback] = ()
+    """What a person answers while the handler runs, one after the other."""
+
+    def path(self, key: str, handler: str | None = None) -> str:
+        """Return the path of the handler, or another one, at the ingress; a service's has no key in it."""
+        keyed = self.service if self.kind == "service" else f"{self.service}/{quote(key, safe='')}"
+        return f"/{keyed}/{handler or self.handler}"
 
 
 PATTERNS: dict[str, Pattern[Any]] = {
@@ -80,13 +94,13 @@ PATTERNS: dict[str, Pattern[Any]] = {
     ),
     "parallelization": Pattern(
         service="ParallelizationService",
-        workflow=True,
+        kind="workflow",
         examples=[ParallelizationRequest()],
         response_type=ParallelizationResponse,
     ),
     "parallel-tools": Pattern(
         service="ParallelizationService",
-        workflow=True,
+        kind="workflow",
         handler="run_tools",
         examples=[RunToolsRequest()],
         response_type=RunToolsResponse,
@@ -100,6 +114,14 @@ PATTERNS: dict[str, Pattern[Any]] = {
         service="EvaluatorOptimizerService",
         examples=[EvaluatorOptimizerRequest()],
         response_type=EvaluatorOptimizerResponse,
+    ),
+    "human-in-the-loop": Pattern(
+        service="HumanInTheLoopService",
+        kind="object",
+        handler="run_with_promise",
+        examples=[HumanInTheLoopRequest()],
+        response_type=HumanInTheLoopResponse,
+        reviews=EXAMPLE_REVIEWS,
     ),
 }
 
@@ -130,12 +152,14 @@ def call(
         ClientError: The ingress is not reachable, or answered with an error.
     """
     headers = {"content-type": "application/json"}
-    once_per_key = pattern.workflow and pattern.handler == "run"
+    once_per_key = pattern.kind == "workflow" and pattern.handler == "run"
     if idempotency_key is not None and not once_per_key:
         headers["idempotency-key"] = idempotency_key
-    path = pattern.path(idempotency_key or secrets.token_hex(8))
+    key = idempotency_key or secrets.token_hex(8)
+    path = pattern.path(key)
     try:
-        answer = client.post(path, content=request.model_dump_json(), headers=headers)
+        with _reviewing(client, pattern, key):
+            answer = client.post(path, content=request.model_dump_json(), headers=headers)
         if answer.status_code == 409 and once_per_key and idempotency_key is not None:
             # It was called before: its outcome, now or when it is there.
             answer = client.get(
@@ -152,6 +176,31 @@ def call(
         return pattern.response_type.model_validate_json(answer.content)
     except ValidationError as error:
         raise ClientError(f"{path} answered something else than it should: {error}") from error
+
+
+@contextmanager
+def _reviewing(client: httpx2.Client, pattern: Pattern[Any], key: str) -> Generator[None]:
+    """Judge the drafts of the run that is called meanwhile, as a person with `curl` would."""
+    over = threading.Event()
+
+    def review() -> None:
+        for feedback in pattern.reviews:
+            waiting = False
+            while not waiting and not over.wait(0.2):
+                waiting = client.post(pattern.path(key, "status")).json().get("review") is not None
+            if waiting:
+                client.post(
+                    pattern.path(key, "feedback"),
+                    content=feedback.model_dump_json(),
+                    headers={"content-type": "application/json"},
+                )
+
+    with ThreadPoolExecutor(1) as person:
+        person.submit(review)
+        try:
+            yield
+        finally:
+            over.set()
 
 
 def _error_message(answer: httpx2.Response) -> str:
