@@ -24,12 +24,12 @@ from durable._sagas import Saga, saga
 from durable._sessions import Session, SessionStatus
 
 __all__ = [
-    "DEFAULT_RUN_OPTIONS",
     "AgentService",
     "AgentToolset",
     "Answer",
     "Approvals",
     "Approve",
+    "DEFAULT_RUN_OPTIONS",
     "Deny",
     "HostedTool",
     "HostedToolset",

@@ -94,6 +94,7 @@ def test_names_of_our_own() -> None:
         ".declared",
         "`timer`",
         "__notify:{tool}",
+        "hosted_toolset__{toolset id}.get_tools",
         "__external_event.{name}",
         "`agent_run.steer:{number}`",
         "`session.open`",
