@@ -149,10 +149,20 @@ async def test_bad_input_is_refused_at_once(server: RestateServer, key: str) -> 
     """With the field and the limit, and without a retry or a model request."""
     cases: list[tuple[str, dict[str, object], int, str]] = [
         ("run", {"inputs": ["a"] * 51}, 413, "`inputs`: List should have at most 50 items"),
-        ("run", {"inputs": ["a" * 4001]}, 413, "`inputs.0`: String should have at most 4000 characters"),
+        (
+            "run",
+            {"inputs": ["a" * 4001]},
+            413,
+            "`inputs.0`: String should have at most 4000 characters",
+        ),
         ("run", {"inputs": []}, 400, "`inputs`"),
         ("run", {"texts": []}, 400, "`texts`"),
-        ("run_tools", {"question": "a" * 4001}, 413, "`question`: String should have at most 4000 characters"),
+        (
+            "run_tools",
+            {"question": "a" * 4001},
+            413,
+            "`question`: String should have at most 4000 characters",
+        ),
         ("run_tools", {"question": ""}, 400, "`question`"),
     ]
     model = TypedModel(analyse)
