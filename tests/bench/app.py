@@ -25,7 +25,7 @@ from restate.ext.pydantic import RestateAgent
 
 import durable
 
-WAIT = 0.0
+wait = 0.0
 """Seconds that the no-op engine waits after each operation, as one that stores the result would."""
 
 
@@ -41,10 +41,10 @@ class NoOpBackend(JournalCallableOperationBackend[None]):
         cache_key: tuple[object, ...],
         config: None,
     ) -> object:
-        """Run the body, and then wait as long as `WAIT` says."""
+        """Run the body, and then wait as long as `wait` says."""
         result = await body()
-        if WAIT:
-            await asyncio.sleep(WAIT)
+        if wait:
+            await asyncio.sleep(wait)
         return result
 
 
@@ -127,8 +127,8 @@ def subject(name: str) -> Any:
     elif name.startswith("no-op base"):
         # between two steps a durable run waits for the server; code that goes on after a pause finds the
         # processor's caches cold, which costs CPU time without any work being done
-        global WAIT
-        WAIT = 0.004 if "waits" in name else 0.0
+        global wait
+        wait = 0.004 if "waits" in name else 0.0
         run = build(NoOpDurability()).run
     elif name == "ours":
         run = build(durable.RestateDurability()).run
