@@ -1,0 +1,165 @@
+"""Reads the datasets, and says in which line of which file something is wrong.
+
+`python -m evals.loading` writes the JSON schemas beside them, which editors complete and check by.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from pydantic_ai.exceptions import UserError
+from pydantic_evals import Dataset
+from pydantic_evals.evaluators import Evaluator
+
+from evals.evaluators import EVALUATORS
+from evals.patterns import EVAL_PATTERNS, CaseMetadata
+
+DATASETS = Path(__file__).parent / "datasets"
+
+# A case's name becomes a part of idempotency keys and of the keys of workflows.
+_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+_UNKNOWN = re.compile(r"^Evaluator '(\w+)'")
+_NAMED = re.compile(r"case(?: name:)? '([^']*)'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedDataset:
+    """A dataset, and which version of it this is."""
+
+    dataset: Dataset[Any, Any, Any]
+
+    version: str
+    """Digest of the file: figures of different versions cannot be compared."""
+
+
+def load(name: str, *, directory: Path = DATASETS) -> LoadedDataset:
+    """Load the dataset of a pattern.
+
+    Args:
+        name: The pattern.
+        directory: Where its file is, `{name}.yaml`.
+
+    Raises:
+        UserError: The dataset is malformed; the message names file, line and field.
+    """
+    path = directory / f"{name}.yaml"
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = _nodes(text)
+        data = yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"The dataset of {name!r} cannot be read: {error}") from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}:{line}: this is no YAML: {error.problem}") from error
+    try:
+        dataset = dataset_type(name).from_dict(data, EVALUATORS, default_name=name)
+        _check(dataset)
+    except ValidationError as error:
+        raise UserError(
+            "\n".join(
+                f"{path}:{_line(node, fault['loc'])}: {_field(fault['loc'])}: {fault['msg']}"
+                for fault in error.errors()
+            )
+        ) from error
+    except (ValueError, ExceptionGroup) as error:  # what is wrong with evaluators and with names
+        faults = error.exceptions if isinstance(error, ExceptionGroup) else [error]
+        raise UserError(
+            "\n".join(f"{path}:{_line_of_name(text, data, node, str(it))}: {it}" for it in faults)
+        ) from error
+    # pydantic-evals does not check what evaluators are given.
+    if faults := list(_faults_of_evaluators(dataset)):
+        raise UserError("\n".join(f"{path}:{_line(node, at)}: {what}" for at, what in faults))
+    version = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return LoadedDataset(dataset=dataset, version=version)
+
+
+def dataset_type(name: str) -> type[Dataset[Any, Any, Any]]:
+    """Return the type of a pattern's dataset."""
+    pattern = EVAL_PATTERNS[name]
+    generic: Any = Dataset
+    metadata: Any = CaseMetadata
+    return generic[
+        pattern.request_type, pattern.client.response_type, metadata[pattern.reference_type]
+    ]
+
+
+def schema(name: str) -> str:
+    """Return the JSON schema of a pattern's dataset."""
+    return json.dumps(dataset_type(name).model_json_schema_with_evaluators(EVALUATORS), indent=1)
+
+
+def _check(dataset: Dataset[Any, Any, Any]) -> None:
+    for case in dataset.cases:
+        if not _NAME.fullmatch(case.name or ""):
+            raise ValueError(
+                f"case {case.name!r}: every case has a name of lower-case letters, digits and hyphens"
+            )
+        if case.metadata is None:
+            raise ValueError(f"case {case.name!r}: its `metadata` is missing")
+
+
+def _faults_of_evaluators(dataset: Dataset[Any, Any, Any]) -> Iterator[tuple[list[str | int], str]]:
+    places: list[tuple[list[str | int], list[Evaluator[Any, Any, Any]]]] = [
+        (["evaluators"], dataset.evaluators),
+        *((["cases", n, "evaluators"], case.evaluators) for n, case in enumerate(dataset.cases)),
+    ]
+    for place, evaluators in places:
+        for number, evaluator in enumerate(evaluators):
+            try:
+                TypeAdapter(type(evaluator)).validate_python(vars(evaluator), strict=True)
+            except ValidationError as error:
+                name = evaluator.get_serialization_name()
+                for fault in error.errors():
+                    field = ".".join([name, *map(str, fault["loc"])])
+                    yield [*place, number], f"{field}: {fault['msg']}"
+
+
+def _field(location: Sequence[int | str]) -> str:
+    return ".".join(map(str, location)) or "the file"
+
+
+def _line(node: Any, location: Sequence[int | str]) -> int:
+    """Return the line of a field, or of what it is missing in."""
+    for part in location:
+        if isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+            node = node.value[part]
+        elif isinstance(node, yaml.MappingNode):
+            fields = {key.value: (key, value) for key, value in node.value}
+            if part not in fields:
+                break
+            key, node = fields[part]
+            if location[-1] is part:
+                return key.start_mark.line + 1
+        else:
+            break
+    return node.start_mark.line + 1 if node is not None else 1
+
+
+def _line_of_name(text: str, data: Any, node: Any, fault: str) -> int:
+    """Return the line of what `fault` names: an evaluator, or the last case with that name."""
+    if evaluator := _UNKNOWN.search(fault):
+        return next(n for n, line in enumerate(text.splitlines(), 1) if evaluator[1] in line)
+    name = found[1] if (found := _NAMED.search(fault)) else None
+    numbers = [n for n, case in enumerate(data["cases"]) if case.get("name") == name]
+    return _line(node, ["cases", numbers[-1]] if numbers else [])
+
+
+def _nodes(text: str) -> Any:
+    return yaml.compose(text, Loader=yaml.SafeLoader)  # pyright: ignore[reportUnknownMemberType]
+
+
+def main() -> None:
+    """Write the JSON schemas."""
+    for name in EVAL_PATTERNS:
+        (DATASETS / f"{name}.schema.json").write_text(schema(name) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
