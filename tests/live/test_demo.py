@@ -150,7 +150,7 @@ def test_the_exit_code_tells_when_the_proof_fails(
     monkeypatch.setenv("no_proxy", "")
     monkeypatch.setattr(demo, "LOGS", tmp_path)
     monkeypatch.setattr(demo, "_stack", stack)
-    monkeypatch.setattr(demo, "_run_patterns", nothing)
+    monkeypatch.setattr(demo, "_run_pattern", nothing)
     monkeypatch.setattr(demo, "_crash", crash)
     assert demo.main([]) == 1
     output = capsys.readouterr().out

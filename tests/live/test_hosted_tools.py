@@ -557,7 +557,7 @@ async def test_names_that_the_server_does_not_know(server: RestateServer) -> Non
 
 async def test_functions_that_the_app_does_not_host(server: RestateServer) -> None:
     """Refused, instead of called until Restate gives up; unless the server knows where they are."""
-    elsewhere = restate.Service("Elsewhere")
+    elsewhere = restate.Service("LostAndFound")
 
     @elsewhere.handler()
     async def fetch(ctx: Context) -> str:
@@ -571,11 +571,13 @@ async def test_functions_that_the_app_does_not_host(server: RestateServer) -> No
     async with hosted(server, agent_service("NotHosted", lost)) as ingress:
         response = await ingress.post("NotHosted/run")
         assert response.status_code == 500
-        assert "calls `Elsewhere/fetch`, which this app does not host" in response.json()["message"]
+        assert (
+            "calls `LostAndFound/fetch`, which this app does not host" in response.json()["message"]
+        )
         assert await ingress.retries("NotHosted") == 0
     async with hosted(server, agent_service("HostedElsewhere", found)) as ingress:
         response = await ingress.post("HostedElsewhere/run")
-        assert "the server knows no service `Elsewhere`" in response.json()["message"]
+        assert "the server knows no service `LostAndFound`" in response.json()["message"]
         async with hosted(server, elsewhere):
             assert await ingress.call("HostedElsewhere/run") == "fetch=fetched"
 

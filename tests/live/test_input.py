@@ -66,7 +66,7 @@ async def test_results_that_are_no_plain_json(server: RestateServer) -> None:
 
     @service.handler()
     async def models(ctx: restate.Context) -> Any:
-        return [Request(), {"one": Request(text="two")}]
+        return [Request.model_validate({}), {"one": Request.model_validate({"text": "two"})}]
 
     @service.handler()
     async def nothing(ctx: restate.Context) -> Any:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager
@@ -207,6 +208,7 @@ async def test_a_bare_hypercorn_serves_it(server: RestateServer, tmp_path: Path)
             env={**os.environ, **api.env},
             stdout=log,
             stderr=log,
+            start_new_session=True,  # hypercorn's own worker is a child of it
         )
         try:
             for _ in range(600):
@@ -217,7 +219,7 @@ async def test_a_bare_hypercorn_serves_it(server: RestateServer, tmp_path: Path)
             async with httpx2.AsyncClient(timeout=20, trust_env=False) as http:
                 answer = await Ingress(server, http).call("RoutingService/run", {})
         finally:
-            worker.kill()
+            os.killpg(worker.pid, signal.SIGKILL)
             await worker.wait()
     assert RoutingResponse.model_validate(answer).route.team == "billing"
     assert "Traceback" not in (tmp_path / "log").read_text()

@@ -215,7 +215,9 @@ async def test_a_crash_after_the_workers_step() -> None:
 @pytest.mark.parametrize("handler", [run, work])
 async def test_a_large_request_is_refused(handler: Callable[..., Awaitable[object]]) -> None:
     """413, with the field and its limit."""
-    with pytest.raises(TerminalError, match="`assignment`: String should have at most 4000 characters") as caught:
+    with pytest.raises(
+        TerminalError, match="`assignment`: String should have at most 4000 characters"
+    ) as caught:
         await InMemoryInvocation(handler, {"assignment": "a" * 4001}).run()
     assert caught.value.status_code == 413
 
