@@ -22,6 +22,7 @@ from restate import TerminalError
 
 import durable
 from durable import _names
+from durable._sdk import ServerInvocationContext
 from durable.testing import InMemoryInvocation, Suspended, check_every_crash
 from tests.live.scripted import call, script
 
@@ -69,14 +70,14 @@ class Travel:
         async def cancel_flight(ctx: Context, day: date, to: str, result: Booking) -> None:
             log.append(f"cancel flight {result.number} to {to} on {day}")
 
-        @agent.tool_plain
-        def hotel() -> str:
+        @agent.tool_plain(name="hotel")
+        def book_hotel(nights: int = 3) -> str:
             log.append("hotel")
             return "H"
 
         @saga.undo("hotel")
-        def cancel_hotel(ctx: Context, *, result: str) -> None:
-            log.append(f"cancel hotel {result}")
+        def cancel_hotel(ctx: Context, *, nights: int, result: str) -> None:
+            log.append(f"cancel hotel {result} of {nights} nights")
 
         @agent.tool_plain
         async def car() -> str:
@@ -90,7 +91,7 @@ class Travel:
 
 FLIGHT, HOTEL, CAR = call("flight", to="Rome"), call("hotel"), call("car")
 BOOKED = ["flight to Rome", "hotel"]
-CANCELLED = ["cancel hotel H", "cancel flight 7 to Rome on 2026-01-01"]
+CANCELLED = ["cancel hotel H of 3 nights", "cancel flight 7 to Rome on 2026-01-01"]
 
 
 def hosted(run: Callable[[], Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
@@ -207,7 +208,7 @@ async def test_values_are_what_the_undo_has_annotated() -> None:
     class Opaque:
         """Pydantic does not know it."""
 
-    travel = Travel(script([call("book", city="Rome"), call("choose")], [CAR]))
+    travel = Travel(script([call("book", city="Rome")], [call("choose")], [CAR]))
 
     @travel.agent.tool_plain
     async def book(request: Request) -> ToolReturn[Any]:
@@ -321,6 +322,46 @@ async def test_what_ends_only_the_attempt_undoes_nothing() -> None:
     assert log == BOOKED
 
 
+async def test_code_that_ends_with_its_attempt_undoes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A `finally` that cancels a task is no end of it then: no step is even created."""
+    travel = Travel(script([FLIGHT]))
+    created: list[str] = []
+    create = ServerInvocationContext.run_typed
+
+    def run_typed(self: Any, name: str, *arguments: Any, **options: Any) -> Any:
+        created.append(name)
+        return create(self, name, *arguments, **options)
+
+    monkeypatch.setattr(ServerInvocationContext, "run_typed", run_typed)
+
+    async def run() -> None:
+        answers = [durable.restate_context().awakeable(type_hint=str)[1] for _ in range(2)]
+        booked = asyncio.Event()
+
+        async def wait() -> None:
+            async with durable.saga():
+                await travel.run()
+                booked.set()
+                await answers[0]
+
+        async def watch() -> None:
+            await booked.wait()
+            try:
+                await answers[1]
+            finally:
+                waiting.cancel()
+
+        waiting = asyncio.create_task(wait())
+        await asyncio.gather(waiting, asyncio.create_task(watch()))
+
+    with pytest.raises(Suspended):
+        await invocation_of(run).run()
+    assert log == ["flight to Rome"]
+    assert not [name for name in created if "undo" in name]
+
+
 # Which calls
 
 
@@ -418,6 +459,26 @@ async def test_a_cancellation_waits_for_the_call_in_a_step() -> None:
     await invocation.replay()
 
 
+async def test_a_cancellation_wins_over_what_the_step_says_then() -> None:
+    """The run does not go on because the tool asks the model to try again."""
+    travel = Travel(script([FLIGHT], [call("book")], [HOTEL]))
+
+    @travel.agent.tool_plain
+    async def book() -> int:
+        invocation.cancel()
+        await asyncio.sleep(0.05)
+        raise ModelRetry("full")
+
+    @travel.saga.undo(book)
+    async def unbook(ctx: Context) -> None:
+        log.append("unbook")
+
+    invocation = invocation_of(travel.run)
+    assert (await failure_of(invocation.run())).status_code == 409
+    assert log == ["flight to Rome", CANCELLED[1]]
+    await invocation.replay()
+
+
 async def test_a_second_cancellation_does_not_wait() -> None:
     """For a call that hangs: its outcome is unknown then."""
     travel = Travel(script([FLIGHT], [call("hang")]))
@@ -457,6 +518,22 @@ async def test_a_cancellation_reaches_tools_in_handler_code() -> None:
     invocation = invocation_of(travel.run)
     assert (await failure_of(invocation.run())).status_code == 409
     assert log == ["hotel", "stop waiting", CANCELLED[0]]
+
+
+async def test_a_cancellation_reaches_steps_of_a_delegate() -> None:
+    """Those that cannot be undone, though the tool that delegates can."""
+    inner = Travel(script([call("hang")]), name="inner")
+    outer = Travel(script([FLIGHT], [call("ask")]), name="outer")
+    delegating(outer, inner.run, metadata=IN_HANDLER)
+
+    @inner.agent.tool_plain
+    async def hang() -> None:
+        invocation.cancel()
+        await asyncio.sleep(3600)
+
+    invocation = invocation_of(outer.run)
+    assert (await failure_of(invocation.run())).status_code == 409
+    assert log == ["flight to Rome", "unask None", CANCELLED[1]]
 
 
 async def test_a_failing_tool_is_waited_for_by_those_beside_it() -> None:
@@ -564,8 +641,8 @@ async def test_an_undo_that_fails_is_reported_and_the_others_run(
     assert (failure.status_code, failure.message) == (410, f"sold out\n{note}")
     cancelled = [CANCELLED[0], "unbook", "unbook", CANCELLED[1], note]
     assert log == [*BOOKED, "car", *cancelled]
-    assert caplog.messages.count(note) == 1
     await invocation.replay()
+    assert caplog.messages.count(note) == 1
 
 
 @pytest.mark.parametrize(
