@@ -140,7 +140,7 @@ def test_the_exit_code_tells_when_the_proof_fails(
         server: Any = Server()
         yield demo.Stack(console=console, proxy=nothing, server=server, worker=nothing)
 
-    async def nothing(_: demo.Stack) -> None:
+    async def nothing(_: demo.Stack, name: str) -> None:
         pass
 
     async def crash(_: demo.Stack) -> Proof:
