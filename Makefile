@@ -1,6 +1,6 @@
 # Everything a fresh machine needs is set up here: Python >= 3.11, git and make are enough.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dev test check bench format lock clean
+.PHONY: help setup demo dev test check evals bench format lock clean
 
 PYTHON ?= python3
 SHELL  := /bin/sh
@@ -27,6 +27,9 @@ check: .venv/.ready ## lint, format and types only
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
+
+evals: .venv/.ready ## measure how good the agents are, pattern by pattern (ARGS='routing --repeat 3')
+	@$(BIN)/python -m evals $(ARGS)
 
 bench: .venv/.ready ## measure what durability costs, beside the plain agent and others
 	@$(BIN)/python -m tests.bench

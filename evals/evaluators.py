@@ -26,6 +26,7 @@ from evals.activity import model_requests, tool_calls
 from evals.sandbox import run_tests, source_of
 from services.chaining import CallChainingResponse
 from services.evaluator_optimizer import EvaluatorOptimizerResponse
+from services.human_in_the_loop import HumanInTheLoopResponse
 from services.orchestrator_workers import Done, OrchestratorWorkersResponse
 from services.parallelization import Analysed, ParallelizationResponse, RunToolsResponse
 from services.routing import RoutingResponse
@@ -54,6 +55,8 @@ def answer_text(output: object) -> str:
             return "\n".join(_analysis_text(result) for result in output.results)
         case EvaluatorOptimizerResponse():
             return (output.solution or output.attempts[-1].solution).solution
+        case HumanInTheLoopResponse():
+            return output.draft.text
         case _:
             raise TypeError(f"no pattern answers a {type(output).__name__}")
 
@@ -329,6 +332,22 @@ class Code(Evaluator[Any, Any, Any]):
 
 
 @dataclass
+class EveryDraft(Evaluator[Any, Any, Any]):
+    """Each draft differs from the one before, and keeps these texts, whatever the reviewer says."""
+
+    keeps: list[str] = field(default_factory=list[str])
+
+    def evaluate(self, ctx: Context) -> EvaluatorOutput:
+        drafts = [_even(it.draft.text).casefold() for it in ctx.output.rounds]
+        lost = [it for it in self.keeps if any(_even(it).casefold() not in text for text in drafts)]
+        same = [number for number in range(1, len(drafts)) if drafts[number] == drafts[number - 1]]
+        return _verdict(
+            f"lost in a draft: {lost}" if lost else None,
+            f"not revised after review {same}" if same else None,
+        )
+
+
+@dataclass
 class Outcome(Evaluator[Any, Any, Any]):
     """How it ended: `passed`, or `rounds_used_up` for a task that nobody can solve."""
 
@@ -400,7 +419,8 @@ class Judge(Evaluator[Any, Any, Any]):
 
 
 EVALUATORS: list[type[Evaluator[Any, Any, Any]]] = [
-    *(Agents, AtMostWords, Avoids, Calculated, Code, EveryInput, Figures, InOrder, Json, Judge),
+    *(Agents, AtMostWords, Avoids, Calculated, Code, EveryDraft, EveryInput),
+    *(Figures, InOrder, Json, Judge),
     *(MarkdownTable, Mentions, MostUrgentFirst, NoInventedFigures, NothingTwice, Outcome, Plan),
     *(RoutedTo, Tools),
 ]

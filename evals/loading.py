@@ -7,9 +7,9 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -112,13 +112,13 @@ def _faults_of_evaluators(dataset: Dataset[Any, Any, Any]) -> Iterator[tuple[lis
     ]
     for place, evaluators in places:
         for number, evaluator in enumerate(evaluators):
-            try:
-                TypeAdapter(type(evaluator)).validate_python(vars(evaluator), strict=True)
-            except ValidationError as error:
-                name = evaluator.get_serialization_name()
-                for fault in error.errors():
-                    field = ".".join([name, *map(str, fault["loc"])])
-                    yield [*place, number], f"{field}: {fault['msg']}"
+            for field in fields(evaluator) if type(evaluator) in EVALUATORS else ():
+                value, kind = getattr(evaluator, field.name), cast(Any, field.type)
+                try:
+                    TypeAdapter[Any](kind).validate_python(value, strict=True)
+                except ValidationError as error:
+                    name = f"{evaluator.get_serialization_name()}.{field.name}"
+                    yield [*place, number], f"{name}: {error.errors()[0]['msg']}, not {value!r}"
 
 
 def _field(location: Sequence[int | str]) -> str:
@@ -152,7 +152,7 @@ def _line_of_name(text: str, data: Any, node: Any, fault: str) -> int:
 
 
 def _nodes(text: str) -> Any:
-    return yaml.compose(text, Loader=yaml.SafeLoader)  # pyright: ignore[reportUnknownMemberType]
+    return yaml.compose(text, Loader=yaml.SafeLoader)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 def main() -> None:

@@ -1,18 +1,19 @@
 """What is evaluated: each pattern's service, how it runs without a server, and what a perfect model says.
 
 Without a server the service's own handler runs, with the same agents: only calls of other handlers and state
-need a context, and `InProcess` is one.
+need a context, and `InProcess` is one. A person to wait for takes a server, so that pattern has a stand-in.
 """
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_ai.messages import ModelResponsePart, TextPart, ToolCallPart
 
 from agents.chaining import Transformed, step_prompt
 from agents.evaluator_optimizer import Attempt, evaluation_prompt, generation_prompt
+from agents.human_in_the_loop import Draft, revision_prompt, writer
 from agents.orchestrator_workers import Plan, Synthesis, Work, synthesis_prompt, work_prompt
 from agents.parallelization import Analysis, Estimate, analysis_prompt
 from agents.routing import Reply, Route
@@ -22,6 +23,12 @@ from services.client import PATTERNS as CLIENT_PATTERNS
 from services.client import Pattern
 from services.evaluator_optimizer import EvaluatorOptimizerRequest
 from services.evaluator_optimizer import run as run_evaluator_optimizer
+from services.human_in_the_loop import (
+    Feedback,
+    HumanInTheLoopRequest,
+    HumanInTheLoopResponse,
+    Round,
+)
 from services.orchestrator_workers import OrchestratorWorkersRequest
 from services.orchestrator_workers import run as run_orchestrator_workers
 from services.parallelization import ParallelizationRequest, RunToolsRequest, run_tools
@@ -68,6 +75,21 @@ class OrchestratorReference(BaseModel):
     text: str
 
 
+class ReviewedTask(BaseModel):
+    """What is to be written, and what the reviewer says of one draft after the other."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    task: str = Field(min_length=1)
+    reviews: list[Feedback] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _ends(self) -> "ReviewedTask":
+        if [it.verdict for it in self.reviews].index("PASS") != len(self.reviews) - 1:
+            raise ValueError("the last review passes the draft, and no other does")
+        return self
+
+
 class InProcess:
     """The part of a Restate context that the patterns use, without a server."""
 
@@ -87,10 +109,18 @@ class EvalPattern(Generic[RequestT, ReferenceT]):
     """How it is called over the ingress."""
 
     request_type: type[RequestT]
+    """The inputs of a case."""
+
     reference_type: type[ReferenceT]
 
     handler: Callable[[Any, RequestT], Awaitable[BaseModel]]
-    """The service's handler."""
+    """The service's handler, or what stands for it in this process."""
+
+    request: Callable[[RequestT], BaseModel] = lambda inputs: inputs
+    """Makes the service's request of the inputs of a case."""
+
+    reviews: Callable[[RequestT], Sequence[Feedback]] = lambda inputs: ()
+    """What a person answers while the handler runs."""
 
     script: Callable[[RequestT, ReferenceT], Iterator[Exchange]]
     """What the agents are asked in a case, and the reference's answers."""
@@ -152,6 +182,24 @@ def _evaluator_optimizer(
         yield type(attempt.evaluation), judged, _says(attempt.evaluation)
 
 
+async def _reviewed(_: object, inputs: ReviewedTask) -> HumanInTheLoopResponse:
+    """Do what the service does, with a reviewer who answers at once and a memory in a variable."""
+    result = await writer.run(inputs.task)
+    rounds = [Round(number=1, request=inputs.task, draft=result.output)]
+    for number, feedback in enumerate(inputs.reviews[:-1], start=2):
+        prompt, history = revision_prompt(feedback.comment), result.all_messages()
+        result = await writer.run(prompt, message_history=history)
+        rounds.append(Round(number=number, request=feedback.comment, draft=result.output))
+    return HumanInTheLoopResponse(
+        outcome="passed", decided_by="reviewer", draft=rounds[-1].draft, rounds=rounds
+    )
+
+
+def _human_in_the_loop(inputs: ReviewedTask, reference: list[str]) -> Iterator[Exchange]:
+    drafts = [Draft(plan="What was asked for.", text=text) for text in reference]
+    yield Draft, inputs.task, [turn for draft in drafts for turn in _says(draft)]
+
+
 EVAL_PATTERNS: dict[str, EvalPattern[Any, Any]] = {
     "chaining": EvalPattern(
         client=CLIENT_PATTERNS["chaining"],
@@ -194,6 +242,15 @@ EVAL_PATTERNS: dict[str, EvalPattern[Any, Any]] = {
         reference_type=list[Attempt],
         handler=run_evaluator_optimizer,
         script=_evaluator_optimizer,
+    ),
+    "human-in-the-loop": EvalPattern(
+        client=CLIENT_PATTERNS["human-in-the-loop"],
+        request_type=ReviewedTask,
+        reference_type=list[str],
+        handler=_reviewed,
+        request=lambda inputs: HumanInTheLoopRequest(task=inputs.task),
+        reviews=lambda inputs: inputs.reviews,
+        script=_human_in_the_loop,
     ),
 }
 """One dataset each, in `evals/datasets`; the names are those of `services.client`."""

@@ -1,0 +1,165 @@
+"""Runs cases as invocations of the real services, each at most once, however often the suite is started.
+
+A run's idempotency key is made of the experiment, the case and the number of the repeat. When the suite is
+killed and started again with the same experiment and data directory, what is finished is answered from the
+server's storage, and what was under way goes on where it stopped.
+
+Results and journals are kept for a day, which is Restate's default: an experiment can be continued for as long.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from opentelemetry import propagate
+from pydantic import BaseModel
+from pydantic_ai.exceptions import UserError
+from pydantic_evals.evaluators import EvaluatorContext
+
+from durable.server import RestateServer
+from durable.worker import Worker
+from evals.activity import journal_tree
+from evals.patterns import EVAL_PATTERNS
+from services.client import ClientError, Pattern, call
+from services.human_in_the_loop import HumanInTheLoopStatus
+
+CHECKOUT = Path(__file__).parent.parent
+
+TIMEOUT = 1800.0
+"""Seconds for one run: one that restate-server pauses would never end."""
+
+
+@dataclass(kw_only=True)
+class IngressRunner:
+    """Calls the services behind an ingress, and reads what ran from their journals."""
+
+    experiment: str
+    ingress_url: str
+    admin_url: str
+
+    unreachable: list[str] = field(default_factory=list[str])
+    """Why calls got no answer: then there is nothing to say about the cases."""
+
+    async def check(self) -> None:
+        """Look whether ingress and admin API answer.
+
+        Raises:
+            UserError: They do not.
+        """
+        async with self._http() as http:
+            for url in (f"{self.ingress_url}/restate/health", f"{self.admin_url}/health"):
+                try:
+                    (await http.get(url)).raise_for_status()
+                except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+                    raise UserError(
+                        f"No answer from {url} ({type(error).__name__}: {error}). Is restate-server running "
+                        "there? Without `--ingress`, the suite starts one, with the services."
+                    ) from error
+
+    async def run(self, pattern: str, request: BaseModel, *, run: str) -> BaseModel:
+        """Invoke the service, or get what it answered under the same key."""
+        return await asyncio.to_thread(self._call, pattern, request, self._key(pattern, run))
+
+    def _call(self, pattern: str, request: BaseModel, key: str) -> BaseModel:
+        headers: dict[str, str] = {}
+        propagate.inject(headers)  # the spans of the services belong to the case
+        with httpx2.Client(
+            base_url=self.ingress_url,
+            headers=headers,
+            timeout=httpx2.Timeout(TIMEOUT, connect=5),
+            trust_env=False,
+        ) as http:
+            try:
+                client = self._client(http, pattern, request, key)
+                body = EVAL_PATTERNS[pattern].request(request)
+                return call(http, client, body, idempotency_key=key)
+            except ClientError as error:
+                if isinstance(error.__cause__, httpx2.TransportError):
+                    self.unreachable.append(str(error))
+                raise
+
+    def _client(
+        self, http: httpx2.Client, pattern: str, inputs: BaseModel, key: str
+    ) -> Pattern[Any]:
+        """Return the pattern with the reviews that its run has not had yet."""
+        client, reviews = EVAL_PATTERNS[pattern].client, EVAL_PATTERNS[pattern].reviews(inputs)
+        if not reviews:
+            return client
+        status = HumanInTheLoopStatus.model_validate_json(
+            http.post(client.path(key, "status")).raise_for_status().content
+        )
+        given = len(status.rounds) - (status.status == "waiting")
+        return replace(client, reviews=reviews[given:])
+
+    async def observe(
+        self, pattern: str, context: EvaluatorContext[Any, Any, Any], *, run: str
+    ) -> EvaluatorContext[Any, Any, Any]:
+        """Take spans and duration from the journals of the run and of what it called."""
+        client, key = EVAL_PATTERNS[pattern].client, self._key(pattern, run)
+        [invocation] = await self._query(
+            "SELECT id, created_at, completed_at FROM sys_invocation WHERE target_service_name = "
+            f"'{client.service}' AND target_handler_name = '{client.handler}' "
+            f"AND (idempotency_key = '{key}' OR target_service_key = '{key}')"
+        )
+        rows = await self._query(
+            "SELECT id, index, entry_type, name, raw, entry_lite_json FROM sys_journal WHERE id IN "
+            f"(SELECT id FROM sys_invocation WHERE id = '{invocation['id']}' "
+            f"OR invoked_by_id = '{invocation['id']}') ORDER BY id, index"
+        )
+        ended, began = (
+            datetime.fromisoformat(invocation[f"{it}_at"]) for it in ("completed", "created")
+        )
+        return replace(
+            context, _span_tree=journal_tree(rows), duration=(ended - began).total_seconds()
+        )
+
+    def _key(self, pattern: str, run: str) -> str:
+        return f"{self.experiment}.{pattern}.{run}"
+
+    async def _query(self, sql: str) -> list[dict[str, Any]]:
+        async with self._http() as http:
+            answer = await http.post(
+                f"{self.admin_url}/query",
+                json={"query": sql},
+                headers={"accept": "application/json"},
+            )
+            return answer.raise_for_status().json()["rows"]
+
+    def _http(self) -> httpx2.AsyncClient:
+        return httpx2.AsyncClient(timeout=30, trust_env=False)
+
+
+@asynccontextmanager
+async def hosted(experiment: str, *, data_dir: Path) -> AsyncGenerator[IngressRunner]:
+    """Start restate-server on the data of earlier runs, and a worker with the services.
+
+    Args:
+        experiment: The name of the experiment.
+        data_dir: Where the server keeps its data.
+    """
+    # Restate calls what is under way at the address where it began: the worker has to come back there.
+    remembered = data_dir / "worker-port"
+    async with (
+        RestateServer(data_dir=data_dir / "restate") as server,
+        Worker(
+            "services:app",
+            port=_read_port(remembered),
+            cwd=CHECKOUT,
+            log_file=data_dir / "worker.log",
+        ) as worker,
+    ):
+        remembered.write_text(worker.url.rpartition(":")[2])
+        await server.register(worker.url)
+        yield IngressRunner(
+            experiment=experiment, ingress_url=server.ingress_url, admin_url=server.admin_url
+        )
+
+
+def _read_port(remembered: Path) -> int | None:
+    remembered.parent.mkdir(parents=True, exist_ok=True)
+    return int(remembered.read_text()) if remembered.exists() else None
