@@ -2,9 +2,8 @@
 
 import re
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Any, cast
+from typing import Any
 
 import restate
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -15,7 +14,7 @@ from pydantic_ai.tools import AgentDepsT
 from restate import ObjectContext, ObjectSharedContext, TerminalError
 
 from durable._capability import RestateDurability
-from durable._sdk import handler_from_callable
+from durable._sdk import TypeHint, handler_from_callable
 from durable._sessions import MESSAGES, Session, SessionStatus
 
 MAX_MESSAGE_SIZE = 8 * 2**20
@@ -101,8 +100,9 @@ def agent_session(
         session = await Session.open(ctx, when_idle=expire_later)
         return (await session.run(agent, message.prompt, deps=deps)).output
 
-    io, schema = handler_from_callable(message).handler_io, agent.output_json_schema()
-    io.output_type = replace(cast(Any, io.output_type), generate_json_schema=lambda: schema)
+    schema = agent.output_json_schema()
+    io = handler_from_callable(message).handler_io
+    io.output_type = TypeHint(Any, generate_json_schema=lambda: schema)
     return sessions
 
 
