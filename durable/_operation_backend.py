@@ -131,12 +131,19 @@ class RestateOperationBackend(JournalCallableOperationBackend[StepOptions]):
 
 
 async def run_step(
-    name: str, body: Callable[[], Awaitable[object]], options: StepOptions
+    name: str,
+    body: Callable[[], Awaitable[object]],
+    options: StepOptions,
+    *,
+    caller: RunContext[Any] | None = None,
 ) -> object:
-    """Run `body`, whose result is JSON-compatible, as a step of the current invocation."""
+    """Run `body`, whose result is JSON-compatible, as a step of the current invocation.
+
+    It is on the account of the run that called the operation, or of `caller`.
+    """
     invocation = current_invocation()
     assert invocation is not None
-    caller = _caller.get()
+    caller = caller or _caller.get()
     step = Step(key=f"{invocation.context.request().id}:{next(invocation.step_numbers)}")
     if options.name is not None:
         name = renamed(name, options.name)

@@ -295,7 +295,7 @@ def _ignore(cancellation: BaseException) -> None:
 async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
     """Wait for `work` even if the waiting task is cancelled."""
     task = asyncio.ensure_future(work)
-    with anyio.CancelScope(shield=True):
+    with anyio.CancelScope(shield=True):  # anyio would cancel again in each turn of the loop
         while not task.done():
             with suppress(asyncio.CancelledError):
                 await asyncio.wait([task])
@@ -321,7 +321,7 @@ class _Call:
             await self.undoing(self.ctx, self.args, self.result)
 
         if current_invocation() is not None:
-            await run_step(self.step, body, self.options)
+            await run_step(self.step, body, self.options, caller=self.ctx)
         else:
             current_step.set(Step(key=self.key))
             await body()

@@ -1,7 +1,7 @@
 """Sagas: which calls are undone, when, in which order, and what becomes of an undo that fails."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import restate
+from opentelemetry.sdk.trace import TracerProvider
 from pydantic import BaseModel
-from pydantic_ai import Agent, CallToolsNode, ModelRetry, RunContext
+from pydantic_ai import Agent, CallToolsNode, InstrumentationSettings, ModelRetry, RunContext
+from pydantic_ai.capabilities import AbstractCapability, Instrumentation
 from pydantic_ai.exceptions import RunCancelled, ToolFailed, UserError
 from pydantic_ai.messages import ToolReturn
 from pydantic_ai.models import Model
@@ -51,13 +53,20 @@ class Booking:
 class Travel:
     """An agent that books a flight and a hotel, both of which can be cancelled, and cars, which fail for good."""
 
-    def __init__(self, model: Model, *, name: str = "travel", **options: Any) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        name: str = "travel",
+        extra: Sequence[AbstractCapability[None]] = (),
+        **options: Any,
+    ) -> None:
         self.saga = saga = durable.Saga[None](undo_run_options=TWICE)
         self.agent = agent = Agent(
             model,
             name=name,
             deps_type=type(None),
-            capabilities=[durable.RestateDurability(tool_run_options=TWICE), saga],
+            capabilities=[durable.RestateDurability(tool_run_options=TWICE), saga, *extra],
             **options,
         )
 
@@ -675,6 +684,23 @@ async def test_failed_undos_are_told_beside_any_error(options: dict[str, Any], s
     )
 
 
+async def test_what_an_undo_says_is_hidden_as_the_agents_content_is() -> None:
+    """Error messages hold what the agent's instrumentation must not record."""
+    settings = InstrumentationSettings(tracer_provider=TracerProvider(), include_content=False)
+    travel = Travel(script([call("book")], [CAR]), extra=[Instrumentation(settings=settings)])
+
+    @travel.agent.tool_plain
+    async def book() -> int:
+        return 1
+
+    @travel.saga.undo(book)
+    async def unbook(ctx: Context) -> None:
+        raise ConnectionError("secret")
+
+    message = (await failure_of(invocation_of(travel.run).run())).message
+    assert "Not undone: `book` (book): TerminalError: ConnectionError (message hidden)" in message
+
+
 async def test_an_undo_cannot_talk_to_the_run() -> None:
     """It is over."""
     travel = Travel(script([call("book")], [CAR]))
@@ -729,6 +755,22 @@ async def test_a_delegate_that_fails_undoes_itself() -> None:
     delegating(outer, inner.run, metadata=IN_HANDLER)
     await failure_of(invocation_of(outer.run).run())
     assert log == [*BOOKED, "car", CANCELLED[0], "unask None", CANCELLED[1]]
+
+
+async def test_a_delegate_under_way_ends_before_its_run_is_undone() -> None:
+    """The run's time is up: the delegate undoes itself first."""
+    inner = Travel(script([HOTEL], [call("sleep")]), name="inner")
+    outer = Travel(script([FLIGHT], [call("ask")]), name="outer")
+    delegating(outer, inner.run, metadata=IN_HANDLER)
+
+    @inner.agent.tool_plain(metadata=IN_HANDLER)
+    async def sleep() -> None:
+        await asyncio.sleep(7200)
+
+    invocation = invocation_of(lambda: outer.run(timeout=3600))
+    assert (await failure_of(invocation.run())).status_code == 504
+    assert log == [*BOOKED, CANCELLED[0], "unask None", CANCELLED[1]]
+    await invocation.replay()
 
 
 async def test_a_delegate_in_a_step_belongs_to_the_step() -> None:
