@@ -66,6 +66,7 @@ def test_names_of_our_own() -> None:
     assert _names.renamed(TOOL, "v2") == "a__function_toolset__<agent>.call_tool:v2"
     assert _names.TIMER == "timer"
     assert _names.notification("a", "refund") == "a__notify:refund"
+    assert _names.undo("a", "hotel") == "a__undo:hotel"
     assert _names.external_event("a", "review") == "a__external_event.review"
     assert _names.steering_signal(0) == "agent_run.steer:0"
     assert (_names.SESSION, _names.SESSION_OPENED) == ("session", "session.open")

@@ -23,7 +23,6 @@ from pydantic_ai.usage import UsageLimits
 from restate import TerminalError
 
 import durable
-from durable import _names
 from durable._sdk import ServerInvocationContext
 from durable.testing import InMemoryInvocation, Suspended, check_every_crash
 from tests.live.scripted import call, script
@@ -147,11 +146,6 @@ async def test_a_failed_run_is_undone_newest_first() -> None:
     ]
     await invocation.replay()
     await failure_of(check_every_crash(hosted(travel.run)))
-
-
-def test_the_name_in_the_journal() -> None:
-    """Stored data."""
-    assert _names.undo("travel", "hotel") == "travel__undo:hotel"
 
 
 async def test_parallel_calls_are_undone_in_reverse_order_of_their_ends() -> None:
