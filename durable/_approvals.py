@@ -40,6 +40,7 @@ from durable._driver import InvocationCancelled
 from durable._names import external_event, notification
 from durable._operation_backend import run_step
 from durable._options import StepOptions
+from durable._telemetry import Wait
 from durable._tracing import waiting
 
 _JSON: Serde[JsonValue] = JsonSerde()
@@ -71,7 +72,7 @@ class RestateWaiter(ExternalEventWaiter):
         token, answered = self._context.awakeable(serde=_JSON)
         limit = None if timeout is None else timeout.total_seconds()
         try:
-            with waiting(f"wait for an external event: {name}"):
+            with waiting(Wait(f"wait for an external event: {name}")):
                 async with asyncio.timeout(limit):
                     step = external_event(self._agent, name)
                     answer = await run_step(step, lambda: ask(token), StepOptions())
@@ -243,7 +244,7 @@ class Approvals(AbstractCapability[AgentDepsT]):
         close: str | None = None
         await restate.object_call(_agent_run.ask, key=pending.invocation_id, arg=pending)
         try:
-            with waiting(f"wait for a person: {call.tool_name}"):
+            with waiting(Wait(f"wait for a person: {call.tool_name}")):
                 answer = await self._answer(pending, answered)
             if answer is None:
                 close = "was not answered in time"

@@ -1,11 +1,9 @@
-"""Calls of other handlers from handler code: in one trace, and cancelled with the code that waits for them."""
+"""Calls of other handlers from handler code, cancelled with the code that waits for them."""
 
 import asyncio
 
 import anyio
 from restate import Context
-
-from durable._tracing import trace_headers
 
 
 async def call(
@@ -24,7 +22,7 @@ async def call(
         TerminalError: The handler's. An `InvocationCancelled` when the invocation that calls was cancelled: Restate
             has then cancelled the call too.
     """
-    future = context.generic_call(service, handler, body, key, headers=trace_headers())
+    future = context.generic_call(service, handler, body, key)
     try:
         return await future
     except asyncio.CancelledError:

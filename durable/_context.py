@@ -24,7 +24,7 @@ from restate.extensions import current_context
 from durable._agent_run import Inbox
 from durable._preloaded import Preloaded
 from durable._sdk import disable_threads
-from durable._tracing import current_telemetry
+from durable._telemetry import current_telemetry
 
 
 @dataclass(kw_only=True)

@@ -49,7 +49,8 @@ from durable._sdk import (
     VMException,
 )
 from durable._steps import Steps
-from durable._tracing import AttemptTelemetry, Target, sleeping_span, traced_handler, waiting
+from durable._telemetry import AttemptTelemetry
+from durable._tracing import Target, sleeping_span, traced_handler, waiting
 
 T = TypeVar("T")
 
@@ -84,7 +85,9 @@ class Driver:
         """
         self._host = asyncio.get_running_loop()
         self._context = context
-        self._telemetry = AttemptTelemetry(context.vm, context.invocation.invocation_id)
+        invocation = context.invocation
+        self._headers = dict(invocation.headers)
+        self._telemetry = AttemptTelemetry(context.vm, invocation.invocation_id, self._headers)
         self._vm = context.vm = self._telemetry.commands
         self._loop = HandlerLoop(host=self._host, attempt=self, telemetry=self._telemetry)
         self._waiters: dict[asyncio.Future[None], UnresolvedFuture] = {}
@@ -121,7 +124,7 @@ class Driver:
             traced_handler(
                 handler,
                 target,
-                headers=dict(invocation.headers),
+                headers=self._headers,
                 attempt_headers=context.attempt_headers,
             )
         )
@@ -130,6 +133,7 @@ class Driver:
             while not root.done():
                 await self._deliver(root)
                 self._loop.run_ready()
+            self._telemetry.ended()
             if root.cancelled():
                 raise (
                     InvocationCancelled()
@@ -230,6 +234,7 @@ class Driver:
         return awaited[0] if len(awaited) == 1 else FirstCompletedUnresolvedFuture(awaited)
 
     def _complete(self) -> None:
+        self._telemetry.completed(self._vm.is_completed)
         for waiter, unresolved in list(self._waiters.items()):
             if self._is_complete(unresolved) and not waiter.done():
                 waiter.set_result(None)

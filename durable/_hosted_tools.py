@@ -32,7 +32,6 @@ from durable._hosted_http import ServerURLs
 from durable._names import hosted_toolset
 from durable._operation_backend import run_step
 from durable._options import StepOptions
-from durable._tracing import trace_headers
 
 _ARGUMENTS = SchemaValidator(core_schema.dict_schema(core_schema.str_schema()))
 
@@ -326,7 +325,7 @@ async def _call(context: Context, tool: _Tool, key: str | None, body: bytes) -> 
     service, handler, delay = tool.handler.service, tool.handler.name, tool.options.delay
     if not tool.sends:
         return tool.handler.decode(await call(context, service, handler, body, key))
-    handle = context.generic_send(service, handler, body, key, delay, headers=trace_headers())
+    handle = context.generic_send(service, handler, body, key, delay)
     return tool.sent(await handle.invocation_id())
 
 

@@ -32,7 +32,7 @@ from weakref import WeakKeyDictionary, WeakSet
 from pydantic_ai.exceptions import UserError
 
 from durable._sdk import CancelScope, end_sleep, redeliver_cancellation
-from durable._tracing import AttemptTelemetry
+from durable._telemetry import AttemptTelemetry
 
 T = TypeVar("T")
 

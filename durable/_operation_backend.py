@@ -38,7 +38,8 @@ from durable._errors import describe, not_serializable, original_error, step_fai
 from durable._identity import current_run_clock
 from durable._names import declaration, renamed
 from durable._options import StepOptions
-from durable._tracing import failed_try, note_step, steps
+from durable._telemetry import steps
+from durable._tracing import failed_try, note_step
 
 ParamsT = TypeVar("ParamsT")
 WireT = TypeVar("WireT")
