@@ -106,10 +106,13 @@ class IngressRunner:
             f"'{client.service}' AND target_handler_name = '{client.handler}' "
             f"AND (idempotency_key = '{key}' OR target_service_key = '{key}')"
         )
+        called = await self._query(
+            f"SELECT id FROM sys_invocation WHERE invoked_by_id = '{invocation['id']}'"
+        )
+        ids = ", ".join(f"'{it['id']}'" for it in [invocation, *called])
         rows = await self._query(
-            "SELECT id, index, entry_type, name, raw, entry_lite_json FROM sys_journal WHERE id IN "
-            f"(SELECT id FROM sys_invocation WHERE id = '{invocation['id']}' "
-            f"OR invoked_by_id = '{invocation['id']}') ORDER BY id, index"
+            "SELECT id, index, entry_type, name, raw, entry_lite_json FROM sys_journal "
+            f"WHERE id IN ({ids}) ORDER BY id, index"
         )
         ended, began = (
             datetime.fromisoformat(invocation[f"{it}_at"]) for it in ("completed", "created")
@@ -141,23 +144,35 @@ async def hosted(experiment: str, *, data_dir: Path) -> AsyncGenerator[IngressRu
     Args:
         experiment: The name of the experiment.
         data_dir: Where the server keeps its data.
+
+    Raises:
+        WorkerError: The worker does not start; one that dies later is started again.
     """
     # Restate calls what is under way at the address where it began: the worker has to come back there.
     remembered = data_dir / "worker-port"
-    async with (
-        RestateServer(data_dir=data_dir / "restate") as server,
-        Worker(
-            "services:app",
-            port=_read_port(remembered),
-            cwd=CHECKOUT,
-            log_file=data_dir / "worker.log",
-        ) as worker,
-    ):
-        remembered.write_text(worker.url.rpartition(":")[2])
-        await server.register(worker.url)
-        yield IngressRunner(
-            experiment=experiment, ingress_url=server.ingress_url, admin_url=server.admin_url
-        )
+    port, log = _read_port(remembered), data_dir / "worker.log"
+    try:
+        async with (
+            RestateServer(data_dir=data_dir / "restate") as server,
+            Worker("services:app", port=port, cwd=CHECKOUT, log_file=log) as worker,
+            asyncio.TaskGroup() as group,
+        ):
+            remembered.write_text(worker.url.rpartition(":")[2])
+            await server.register(worker.url)
+            keeping = group.create_task(_keep(worker))
+            yield IngressRunner(
+                experiment=experiment, ingress_url=server.ingress_url, admin_url=server.admin_url
+            )
+            keeping.cancel()
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+
+
+async def _keep(worker: Worker) -> None:
+    while True:
+        await asyncio.sleep(0.5)
+        if not worker.running:
+            await worker.start()
 
 
 def _read_port(remembered: Path) -> int | None:

@@ -24,8 +24,8 @@ COLUMNS = (
     "passed",
     "score",
     "failed",
-    "p50 s",
-    "p95 s",
+    "p50",
+    "p95",
     "requests",
     "tokens",
     "USD",
@@ -190,8 +190,8 @@ def markdown(report: Report, baseline: Report | None = None) -> str:
         *([NOTES[report.model]] if report.model in NOTES else []),
         f"Experiment {report.experiment}, finished {report.finished:%Y-%m-%d %H:%M} UTC after {report.seconds:.0f} s; "
         f"via {report.via}, {report.repeat} run(s) of each case, {judged}. *passed*: runs with no check failed. "
-        "*score*: the share of checks that passed; a run that failed has none. Seconds are those of runs beside "
-        "each other, USD are `-` where nobody knows the model's price.",
+        "*score*: the share of checks that passed; a run that failed has none. p50 and p95 are seconds, of runs "
+        "beside each other; USD are `-` where nobody knows the model's price.",
         _markdown_table(COLUMNS, _rows(report)),
     ]
     if changes := differences(report, baseline):
