@@ -76,8 +76,8 @@ class Saga(AbstractCapability[AgentDepsT]):
     - It is, after an error that ends an invocation (a usage limit, used up retries of a step or of the model,
       `run(timeout=...)`, a `TerminalError`), after a cancellation, and when an iteration over it is left.
     - It is not, after what only ends an attempt: a suspension, a crash, an exception that Restate retries.
-      Handler code that catches such an exception for good raises a `TerminalError` in its place, inside
-      `durable.saga()`. Nor is it when it ended well and the handler fails later; `durable.saga` is for that.
+      Nor is it when it ended well and the handler fails later. A `durable.saga()` around it undoes it when the
+      handler gives up: catches such an exception, for instance, and raises a `TerminalError` in its place.
 
     Which calls are undone:
 
@@ -194,9 +194,10 @@ class Saga(AbstractCapability[AgentDepsT]):
 async def saga() -> AsyncGenerator[None]:
     """Undo the runs inside the block together when the block does not end well.
 
-    Runs of agents that have a `Saga`: those that ended well are undone, the newest call first, when an error that
-    ends the invocation, or a cancellation, leaves the block. (A run that fails undoes its own calls by itself.)
-    Blocks may be nested.
+    When an error that ends the invocation, or a cancellation, leaves the block, what was done in it by agents
+    that have a `Saga` is undone, the newest call first. (A run that fails for good has undone its own by then.)
+    Blocks may be nested. Start runs beside each other in an `asyncio.TaskGroup`: what `asyncio.gather` leaves
+    behind when one fails goes on after the block.
 
     Example:
         ```python
@@ -218,11 +219,12 @@ async def saga() -> AsyncGenerator[None]:
     except (Exception, asyncio.CancelledError) as error:
         if recording.is_over(error):
             await _to_its_end(recording.undo(error))
+            recording.calls.clear()
         raise
     finally:
         _recording.reset(token)
-    if outer is not None:
-        outer.calls += recording.calls
+        if outer is not None:
+            outer.calls += recording.calls
 
 
 @dataclass

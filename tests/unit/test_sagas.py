@@ -821,6 +821,25 @@ async def test_a_block_that_ends_well_or_is_retried_undoes_nothing() -> None:
     assert log == ["flight to Rome"]
 
 
+async def test_a_run_that_the_handler_gives_up_is_undone_by_the_block() -> None:
+    """Restate would have retried its exception; the handler ends it for good."""
+    travel = Travel(script([FLIGHT], [call("crash")]))
+
+    @travel.agent.tool_plain(metadata=IN_HANDLER)
+    async def crash() -> None:
+        raise RuntimeError("bug")
+
+    async def run() -> None:
+        async with durable.saga():
+            try:
+                await travel.run()
+            except RuntimeError as error:
+                raise TerminalError(str(error), status_code=400) from error
+
+    assert (await failure_of(invocation_of(run).run())).status_code == 400
+    assert log == ["flight to Rome", CANCELLED[1]]
+
+
 async def test_runs_beside_each_other_in_a_block() -> None:
     """One fails for good: it undoes itself, its task group cancels the other, all is undone."""
     first = Travel(script([HOTEL], [call("sleep")]), name="first")
