@@ -55,8 +55,8 @@ class RunClock:
         if at is None:
             return  # no step has completed, so nothing was journaled that could be replayed
         for message in messages:
-            if not isinstance(message, ModelRequest) or message.run_id != self.run_id:
-                continue
+            if not isinstance(message, ModelRequest) or message.run_id not in (None, self.run_id):
+                continue  # None: a history processor has made it
             for part in message.parts:
                 if id(part) in self._stamped:
                     continue

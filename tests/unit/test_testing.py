@@ -12,7 +12,9 @@ import pytest
 import restate
 from pydantic import BaseModel
 from pydantic_ai import Agent
+from pydantic_ai.capabilities import ProcessHistory
 from pydantic_ai.exceptions import UserError
+from pydantic_ai.messages import ModelMessage, ModelRequest, UserPromptPart
 from pydantic_ai.models.test import TestModel
 from restate.exceptions import RetryableError
 from restate.serde import BytesSerde
@@ -592,3 +594,27 @@ def test_needs_no_test_dependencies() -> None:
     """Importing it imports no pytest."""
     code = "import sys, durable.testing; sys.exit('pytest' in sys.modules or 'hypothesis' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+async def test_messages_of_a_history_processor_have_journaled_times() -> None:
+    """State that is set from them is the same on every replay."""
+
+    async def shorten(messages: list[ModelMessage]) -> list[ModelMessage]:
+        return [ModelRequest(parts=[UserPromptPart("summary")]), messages[-1]]
+
+    shortening = Agent(
+        TestModel(),
+        name="shortening",
+        capabilities=[ProcessHistory(shorten), durable.RestateDurability()],
+    )
+
+    memory = restate.VirtualObject("Memory")
+
+    @memory.handler()
+    async def remember(ctx: restate.ObjectContext) -> None:
+        result = await shortening.run("go")
+        ctx.set("messages", result.all_messages_json(), serde=BytesSerde())
+
+    invocation = InMemoryInvocation(remember, key="k")
+    await invocation.run()
+    await invocation.replay()
