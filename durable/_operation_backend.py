@@ -193,13 +193,15 @@ class _Tries:
     def of(self, step: str, options: RunOptions[Any], began: float) -> bool:
         """Count a failed try of `step` that began then, and return whether it was the last one."""
         count, first = self._failed.pop(step, (0, began))
+        attempts, duration = options.max_attempts, options.max_duration
+        if (attempts is not None and count + 1 >= attempts) or (
+            duration is not None and _now() - first >= duration.total_seconds()
+        ):
+            return True
         self._failed[step] = (count + 1, first)
         if len(self._failed) > _REMEMBERED:
             del self._failed[next(iter(self._failed))]
-        attempts, duration = options.max_attempts, options.max_duration
-        return (attempts is not None and count + 1 >= attempts) or (
-            duration is not None and _now() - first >= duration.total_seconds()
-        )
+        return False
 
     def forget(self, step: str) -> None:
         """Forget a step that has its result."""

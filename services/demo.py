@@ -142,7 +142,7 @@ async def _stack(console: Console) -> AsyncGenerator[Stack]:
         worker = Worker(
             "services:app",
             cwd=CHECKOUT,
-            env={_base_url_variable(model): proxy.url},
+            env={_base_url_variable(model): proxy.url, "RESTATE_INGRESS_URL": server.ingress_url},
             log_file=_new_log("worker"),
         )
         async with _stage(console, "worker services:app"):

@@ -95,6 +95,7 @@ def test_names_of_our_own() -> None:
         ".declared",
         "`timer`",
         "__notify:{tool}",
+        "__undo:{tool}",
         "hosted_toolset__{toolset id}.get_tools",
         "__external_event.{name}",
         "`agent_run.steer:{number}`",
