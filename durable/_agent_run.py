@@ -23,7 +23,7 @@ from pydantic_ai.messages import UserContent
 from restate import Context, ObjectContext, ObjectSharedContext, TerminalError
 from restate.serde import BytesSerde, PydanticJsonSerde, Serde
 
-from durable._names import steering_signal
+from durable._names import AGENT_RUN, steering_signal
 
 
 class SteeringMessage(BaseModel):
@@ -176,7 +176,7 @@ class Inbox:
 
 
 agent_run = restate.VirtualObject(
-    "AgentRun",
+    AGENT_RUN,
     # an id that no server made fails in the core of the SDK, on every try
     invocation_retry_policy=restate.InvocationRetryPolicy(max_attempts=10, on_max_attempts="kill"),
 )

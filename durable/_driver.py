@@ -34,7 +34,7 @@ from restate import TerminalError
 from restate.exceptions import SdkInternalException, SuspendedException
 
 from durable._loop import AttemptOver, HandlerLoop, sleeping
-from durable._names import TIMER
+from durable._names import AGENT_RUN, TIMER
 from durable._sdk import (
     AllCompletedUnresolvedFuture,
     DisconnectedException,
@@ -113,12 +113,13 @@ class Driver:
             InvocationCancelled: When the invocation was cancelled and the handler did not catch it.
         """
         context = self._context
-        invocation = context.invocation
+        invocation, service = context.invocation, context.handler.service_tag
         target = Target(
             invocation=invocation.invocation_id,
-            service=context.handler.service_tag.name,
+            service=service.name,
             handler=context.handler.name,
             key=invocation.key or None,
+            shown=service.name != AGENT_RUN or not context.handler.ingress_private,
         )
         root = self._loop.create_task(
             traced_handler(

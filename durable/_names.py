@@ -8,6 +8,8 @@ README.md lists them.
 TIMER = "timer"
 """The sleep behind `asyncio.sleep`, `asyncio.timeout` and the like in handler code."""
 
+AGENT_RUN = "AgentRun"
+"""The virtual object that brings messages from outside to the runs of an invocation."""
 
 SESSION = "session"
 """The state of a virtual object that says how far its session is."""

@@ -42,6 +42,7 @@ from opentelemetry.sdk.trace.sampling import Sampler
 from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, TraceFlags
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from durable._names import AGENT_RUN
 from durable._sdk import PendingSpanProcessor
 
 T = TypeVar("T")
@@ -308,6 +309,8 @@ class _Commands:
         def call(*args: Any, **kwargs: Any) -> T:
             given = arguments(*args, **kwargs)
             it = given.arguments
+            if it["service"] == AGENT_RUN:
+                return method(*args, **kwargs)
             span, trace_headers = self._telemetry.start_call(
                 f"{verb} {it['service']}/{it['handler']}"
             )
@@ -326,6 +329,7 @@ class _Commands:
 
 
 _CALLS = {"sys_call": "call", "sys_send": "send"}
+"""The calls that traces show, and carry on to the handlers; not those to the virtual object behind a run."""
 
 
 class _Ids(IdGenerator):

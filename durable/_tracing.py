@@ -2,6 +2,7 @@
 
 from collections.abc import Coroutine, Generator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ _TRACE_CONTEXT = TraceContextTextMapPropagator()
 _BAGGAGE = W3CBaggagePropagator()
 
 _tracer = trace.get_tracer(SCOPE)
+_waits: ContextVar[bool] = ContextVar("durable.waits", default=False)
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Target:
     service: str
     handler: str
     key: str | None
+    shown: bool = True
+    """Whether it has a span: not the private handlers of the virtual object behind a run."""
 
     @property
     def attributes(self) -> dict[str, str]:
@@ -58,6 +62,8 @@ async def traced_handler(
         headers: The headers of the request.
         attempt_headers: Those with which restate-server began the attempt.
     """
+    if not target.shown:
+        return await handler
     token = attach(_caller(headers, attempt_headers))
     try:
         with _tracer.start_as_current_span(
@@ -114,14 +120,18 @@ def trace_headers() -> dict[str, str]:
 
 @contextmanager
 def waiting(wait: Wait | None) -> Generator[None]:
-    """Show in the trace that handler code waits; for `None` it does not."""
-    if wait is None:
+    """Show in the trace that handler code waits; not for `None`, and not what is part of another wait."""
+    if wait is None or _waits.get():
         yield
         return
+    token = _waits.set(True)
     with _tracer.start_as_current_span(
         wait.name, attributes=wait.attributes, record_exception=False, set_status_on_exception=False
     ):
-        yield
+        try:
+            yield
+        finally:
+            _waits.reset(token)
 
 
 def sleeping_span(seconds: float) -> trace.Span:
