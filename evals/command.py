@@ -35,6 +35,7 @@ from evals.loading import LoadedDataset, load
 from evals.patterns import EVAL_PATTERNS
 from evals.reference import REFERENCE, ReferenceModel, exchanges_of
 from evals.report import (
+    PatternReport,
     Report,
     comparison_table,
     differences,
@@ -99,8 +100,14 @@ def _parse(argv: Sequence[str] | None) -> Arguments:
     add("patterns", nargs="*", metavar="PATTERN", help=f"default: {', '.join(EVAL_PATTERNS)}")
     add("--model", metavar="M", help="as AGENTS_MODEL; `reference` gives the datasets' own answers")
     add("--via", choices=["local", "ingress"], default="local", help="default: %(default)s")
-    add("--repeat", type=_positive, default=1, metavar="N", help="runs of each case")
-    add("--max-concurrency", type=_positive, default=4, metavar="N", help="default: %(default)s")
+    add("--repeat", type=positive_number, default=1, metavar="N", help="runs of each case")
+    add(
+        "--max-concurrency",
+        type=positive_number,
+        default=4,
+        metavar="N",
+        help="default: %(default)s",
+    )
     add("--baseline", type=Path, metavar="FILE", help="a JSON report to compare with")
     add("--report", type=Path, metavar="FILE", help="write FILE.json and FILE.md")
     add("--experiment", metavar="NAME", help="over the ingress, the same name goes on")
@@ -119,7 +126,8 @@ def _parse(argv: Sequence[str] | None) -> Arguments:
     return arguments
 
 
-def _positive(text: str) -> int:
+def positive_number(text: str) -> int:
+    """Read an option that counts something; argparse shows this name when it is wrong."""
     if (number := int(text)) < 1:
         raise ValueError(text)
     return number
@@ -140,8 +148,9 @@ async def _evals(arguments: Arguments, console: Console) -> int:
     began = time.monotonic()
     async with _runner(arguments, experiment, model, versions) as runner:
         console.print(f"experiment {experiment}, model {model}, via {arguments.via}")
-        patterns = {
-            name: await run_pattern(
+        patterns: dict[str, PatternReport] = {}
+        for name, it in loaded.items():
+            patterns[name] = await run_pattern(
                 name,
                 it,
                 runner,
@@ -150,8 +159,7 @@ async def _evals(arguments: Arguments, console: Console) -> int:
                 max_concurrency=arguments.max_concurrency,
                 progress=console.is_terminal,
             )
-            for name, it in loaded.items()
-        }
+            console.print(f"{time.monotonic() - began:6.0f} s  {name} {patterns[name].score:.1%}")
         if isinstance(runner, IngressRunner) and runner.unreachable:
             raise UserError(
                 f"{runner.unreachable[0]} Go on with `--experiment {experiment}`: what is finished is kept."

@@ -258,7 +258,9 @@ async def test_answers(
 
 
 async def test_code() -> None:
-    right = await verdicts(Code(SUM), context(solved((SUBTRACT, "NEEDS_IMPROVEMENT"), (ADD, "PASS"))))
+    right = await verdicts(
+        Code(SUM), context(solved((SUBTRACT, "NEEDS_IMPROVEMENT"), (ADD, "PASS")))
+    )
     assert right == {"CodeWorks": True, "CodeJudged": True}
     looks_right = await verdicts(Code(SUM), context(solved((SUBTRACT, "PASS"))))
     assert looks_right == {"CodeWorks": False, "CodeJudged": False}

@@ -1,0 +1,184 @@
+"""A perfect model passes everything; a sloppy one fails exactly the checks it should, whatever the pattern."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Generator
+from typing import Any, cast
+
+import logfire
+import pytest
+
+import durable
+from agents.evaluator_optimizer import Attempt
+from agents.models import DEFAULT_MODEL
+from agents.parallelization import Analysis
+from agents.routing import Team
+from evals.experiment import LocalRunner, run_pattern
+from evals.loading import LoadedDataset, load
+from evals.patterns import (
+    EVAL_PATTERNS,
+    CaseMetadata,
+    OrchestratorReference,
+    RoutingReference,
+    ToolsReference,
+)
+from evals.reference import ReferenceModel, exchanges_of
+from evals.report import PatternReport
+
+
+@pytest.fixture(autouse=True)
+def _instrumented() -> Generator[None]:
+    """Behavioural checks read spans; the model of the agents is put back."""
+    logfire.configure(send_to_logfire=False, console=False)
+    durable.configure_logfire()
+    before = DEFAULT_MODEL.wrapped
+    yield
+    DEFAULT_MODEL.wrapped = before
+
+
+async def ran(name: str, loaded: LoadedDataset, *, repeat: int = 1) -> PatternReport:
+    DEFAULT_MODEL.wrapped = ReferenceModel(exchanges_of(name, loaded.dataset.cases))
+    return await run_pattern(name, loaded, LocalRunner(), experiment="test", repeat=repeat)
+
+
+@pytest.mark.parametrize("name", EVAL_PATTERNS)
+async def test_a_perfect_model_passes_everything(name: str) -> None:
+    report = await ran(name, load(name), repeat=2)
+    assert {result.passed for result in report.results} == {True}
+    assert report.score == 1
+    assert all(result.requests and result.tokens for result in report.results)
+    assert {len(results) for results in report.cases.values()} == {2}
+
+
+def bumped(reference: list[str]) -> list[str]:
+    """Every number is one too high."""
+    return [re.sub(r"\d+", lambda it: str(int(it[0]) + 1), text) for text in reference]
+
+
+def misrouted(reference: RoutingReference) -> RoutingReference:
+    """To billing, whatever it is about, and money is promised."""
+    team: Team = "product" if reference.route.team == "billing" else "billing"
+    body = f"{reference.reply.body} 1234 USD has been refunded."
+    return RoutingReference(
+        route=reference.route.model_copy(update={"team": team}),
+        reply=reference.reply.model_copy(update={"body": body}),
+    )
+
+
+def unranked(reference: list[Analysis]) -> list[Analysis]:
+    """Each analysis is that of the next input, its actions upside down."""
+    return [
+        it.model_copy(update={"actions": it.actions[::-1]}) for it in [*reference[1:], reference[0]]
+    ]
+
+
+def calculated_twice(reference: ToolsReference) -> ToolsReference:
+    return reference.model_copy(update={"calls": [*reference.calls, *reference.calls[:1]]})
+
+
+def shortened(reference: OrchestratorReference) -> OrchestratorReference:
+    """The last task is forgotten, which leaves too short a plan where there were two."""
+    plan = reference.plan.model_copy(update={"tasks": reference.plan.tasks[:-1]})
+    return reference.model_copy(update={"plan": plan, "works": reference.works[:-1]})
+
+
+def waved_through(reference: list[Attempt]) -> list[Attempt]:
+    """The first attempt passes, whatever it is worth."""
+    first = reference[0]
+    verdict = first.evaluation.model_copy(update={"verdict": "PASS"})
+    return [first.model_copy(update={"evaluation": verdict})]
+
+
+def unimpressed(reference: list[str]) -> list[str]:
+    """No comment changes anything."""
+    return [reference[0]] * len(reference)
+
+
+async def sloppy(name: str, spoil: Callable[[Any], Any]) -> PatternReport:
+    loaded = load(name)
+    for case in loaded.dataset.cases:
+        metadata = cast(CaseMetadata[Any], case.metadata)
+        metadata.reference = spoil(metadata.reference)
+    return await ran(name, loaded)
+
+
+def outcomes(report: PatternReport) -> tuple[Counter[str], Counter[str]]:
+    """Count how often each check passed and failed."""
+    checks = [it for result in report.results for it in result.checks.items()]
+    return Counter(n for n, it in checks if it), Counter(n for n, it in checks if not it)
+
+
+async def test_sloppy_chaining() -> None:
+    """Wrong figures; the cases without any are not touched."""
+    report = await sloppy("chaining", bumped)
+    passed, failed = outcomes(report)
+    assert {name for name, results in report.cases.items() if results[0].passed} == {
+        "no-figures",
+        "long-chain",
+        "pipe-in-cell",
+    }
+    assert failed == {
+        "NoInventedFigures": 10,
+        "Figures": 7,
+        "InOrder": 2,
+        "Json": 1,
+        "MarkdownTable": 2,
+    }
+    assert passed["NothingTwice"] == passed["Agents"] == 13
+
+
+async def test_sloppy_routing() -> None:
+    report = await sloppy("routing", misrouted)
+    passed, failed = outcomes(report)
+    assert failed["RoutedTo"] == failed["NoInventedFigures"] == 12
+    assert failed["Avoids"] + failed["Avoids_2"] == 13  # one case forbids the word by itself, too
+    assert set(failed) == {"RoutedTo", "NoInventedFigures", "Avoids", "Avoids_2"}
+    assert passed["Agents"] == passed["NothingTwice"] == 12
+
+
+async def test_sloppy_parallelization() -> None:
+    report = await sloppy("parallelization", unranked)
+    alone = {"empty-of-facts", "priorities-in-the-text"}  # one input each
+    right = {n for n, results in report.cases.items() if results[0].checks["EveryInput"]}
+    assert right == alone
+    _, failed = outcomes(report)
+    assert failed["MostUrgentFirst"] == 3
+    assert "Agents" not in failed
+
+
+async def test_sloppy_tools() -> None:
+    """A call that is made twice is found by what was calculated, by the count, and as a repetition."""
+    passed, failed = outcomes(await sloppy("parallel-tools", calculated_twice))
+    assert failed == {"Calculated": 11, "Tools": 11, "NothingTwice": 11}
+    assert passed["Agents"] == 12
+
+
+async def test_sloppy_orchestrator() -> None:
+    """Runs that fail for good are counted, and do not end the suite."""
+    report = await sloppy("orchestrator-workers", shortened)
+    errors = [result.error for result in report.results if result.error is not None]
+    assert len(errors) == 8  # plans of two tasks
+    assert all("A plan has 2 to 5 tasks, and this one has 1" in error for error in errors)
+    assert report.cases["five-audiences"][0].checks["Plan"] is False
+    assert report.cases["six-parts-in-five"][0].checks["Plan"] is True  # four tasks may do, too
+
+
+async def test_sloppy_evaluator() -> None:
+    report = await sloppy("evaluator-optimizer", waved_through)
+    wrong = {n for n, results in report.cases.items() if not results[0].passed}
+    assert wrong == {
+        "looks-right-median",
+        "looks-right-leap",
+        "stable-dedupe",
+        "contradictory-task",
+    }
+    _, failed = outcomes(report)
+    assert failed == {"CodeWorks": 3, "CodeJudged": 3, "Outcome": 1}
+
+
+async def test_sloppy_writer() -> None:
+    report = await sloppy("human-in-the-loop", unimpressed)
+    assert {n for n, results in report.cases.items() if results[0].passed} == {"passed-at-once"}
+    _, failed = outcomes(report)
+    assert failed["EveryDraft"] == 11
+    assert "Agents" not in failed
