@@ -33,7 +33,8 @@ _BRIEF = 30.0
 _NOT_FOUND, _CONFLICT = 404, 409
 _TIME = TypeAdapter(datetime)
 _COLUMNS = [it.validation_alias or name for name, it in Invocation.model_fields.items()]
-_INVOCATIONS = f"SELECT {', '.join(map(str, _COLUMNS))} FROM sys_invocation"
+# restate-server 1.7 answers `scheduled_start_at` only beside `scheduled_at`
+_INVOCATIONS = f"SELECT {', '.join(map(str, _COLUMNS))}, scheduled_at FROM sys_invocation"
 
 
 class _Derived(Enum):

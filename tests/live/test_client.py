@@ -135,17 +135,20 @@ async def bounce(ctx: restate.WorkflowSharedContext) -> None:
 @pytest.fixture
 async def ingress(server: RestateServer) -> AsyncGenerator[Ingress]:
     """The services above, hosted."""
-    while not told.empty():
-        told.get_nowait()
+    global told
+    told = asyncio.Queue()  # of this test's event loop
     async with hosted(server, shop, counter, checkout, durable.agent_run) as ingress:
         yield ingress
 
 
 @pytest.fixture
 async def client(ingress: Ingress) -> AsyncGenerator[Client]:
-    """A client of that server."""
+    """A client of that server; what a test leaves behind is ended."""
     async with client_of(ingress.server) as client:
         yield client
+        for left in await client.invocations():
+            if left.status != "completed":
+                await client.kill(Handle.parse(left.id))
 
 
 def client_of(server: RestateServer, **options: Any) -> Client:
@@ -482,13 +485,15 @@ class TestPeople:
             return "seen"
 
         service = durable.agent_service(agent)
-        async with hosted(server, service, durable.agent_run):
+        async with hosted(server, service, durable.agent_run) as ingress:
             handle = await client.send(service.run, "go")
             await told.get()
             steering = asyncio.create_task(client.steer(handle, "Be quick."))
-            await asyncio.sleep(0)
+            signals = "SELECT id FROM sys_journal WHERE entry_type = 'Notification: Signal'"
+            await ingress.until(f"{signals} AND id = '{handle}'", bool)
             go.set()
-            await asyncio.gather(steering, client.attach(handle), return_exceptions=True)
+            await steering
+            assert await client.attach(handle) == "look=seen"
             with pytest.raises(dc.Conflict, match="ended before it could take the message"):
                 await client.steer(handle, durable.SteeringMessage(content="Too late."))
 
@@ -667,11 +672,12 @@ class TestConnections:
         gateway = Gateway(ingress.server.ingress_url, token=canary)
         async with serving(gateway) as url:
             async with client_of(ingress.server, url=f"{url}/api/v1/", token=canary) as client:
-                assert await client.call(hello) == "hello"
+                # sent again until the gateway listens
+                assert await client.call(hello, idempotency_key=some_key()) == "hello"
                 assert await client.call("Counter/add", 1, key="..")
                 gateway.down = 1
                 assert await client.call(hello, idempotency_key=some_key()) == "hello"
-                gateway.down = 9
+                gateway.down = 1
                 with pytest.raises(dc.Unreachable, match="HTTP 503") as down:
                     await client.call(hello)
                 seen = [repr(client), repr(vars(client)), *map(str, vars(client).values())]
