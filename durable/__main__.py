@@ -1,14 +1,17 @@
-"""The command line: `durable dev`, `durable server` and `durable serve`."""
+"""The command line: `durable dev`, `durable server`, `durable serve`, `durable runs` and `durable watch`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from durable._dev import ServerOptions, run_dev, run_server, until_interrupted
 from durable._process import ProcessError
+from durable._runs import ADMIN_URL, admin_client, list_runs, watch
+from durable.client import ClientError, Handle
 from durable.worker import EXIT_NO_APP, AppNotFoundError, serve
 
 
@@ -16,19 +19,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        _run(options)
+        return _run(options)
     except KeyboardInterrupt:
-        pass
-    except ProcessError as error:
+        return 0
+    except (ProcessError, ClientError) as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", markup=False)
         return EXIT_NO_APP if isinstance(error, AppNotFoundError) else 1
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.command in {"runs", "watch"}:
+        with admin_client(options.admin) as client:
+            if options.command == "watch":
+                return 0 if watch(client, Handle.parse(options.id)) else 1
+            list_runs(client, service=options.service, status=options.status, limit=options.limit)
+    elif options.command == "serve":
+        serve(options.app, port=options.port)
+    else:
+        _run_server(options)
     return 0
 
 
-def _run(options: argparse.Namespace) -> None:
-    if options.command == "serve":
-        serve(options.app, port=options.port)
-        return
+def _run_server(options: argparse.Namespace) -> None:
     server = ServerOptions(
         data=options.data,
         ingress_port=options.ingress_port,
@@ -77,7 +89,26 @@ def _parser() -> argparse.ArgumentParser:
 
     worker = commands.add_parser("serve", parents=[app], help="serve an application over HTTP/2")
     worker.add_argument("--port", type=_port, metavar="N", default=9080, help="default: 9080")
+
+    _add_client_commands(commands)
     return parser
+
+
+def _add_client_commands(commands: Any) -> None:
+    admin = argparse.ArgumentParser(add_help=False)
+    admin.add_argument(
+        "--admin",
+        metavar="URL",
+        help=f"default: $RESTATE_ADMIN_URL, or {ADMIN_URL}; a token comes from $RESTATE_AUTH_TOKEN",
+    )
+    runs = commands.add_parser("runs", parents=[admin], help="list invocations, the latest first")
+    runs.add_argument("--service", metavar="NAME", help="of this service only")
+    runs.add_argument("--status", metavar="STATUS", help="with this status only, such as `running`")
+    runs.add_argument("--limit", type=int, metavar="N", default=20, help="default: 20")
+    run = commands.add_parser(
+        "watch", parents=[admin], help="show the steps of a run until it ends"
+    )
+    run.add_argument("id", metavar="ID", help="the invocation's id")
 
 
 def _port(text: str) -> int:

@@ -1,6 +1,6 @@
 """The typed client: backends, scripts and notebooks call durable agents, and watch over their runs.
 
-    async with durable.client.Client("http://localhost:8080") as client:
+    async with Client("http://localhost:8080") as client:
         answer = await client.call(run, Request(ticket="..."), idempotency_key="ticket-1")
 
 `Client` is for asyncio and `SyncClient` for everything else. They say the same things to the server: `_operations`

@@ -39,14 +39,15 @@ class Client:
 
     Example:
         ```python
-        async with durable.client.Client("http://localhost:8080") as client:
+        async with Client("http://localhost:8080") as client:
             haiku = await client.call(write, "spring", idempotency_key="haiku-1")
         ```
 
     Args:
         ingress_url: Where Restate's ingress answers; a path in it is kept.
         admin_url: Where Restate's admin API answers: `status`, `cancel`, `steps` and the like need it.
-        token: A bearer token, as Restate Cloud has it, for both.
+        token: A bearer token, as Restate Cloud has it, for both. restate-server itself checks none, and stores the
+            headers that reach it with the run: the gateway in front of it is to take the token off.
         headers: Other headers to send to both.
         timeout: How long calls may take, unless they say otherwise. Without it calls wait as long as they take, and
             everything else 30 seconds.

@@ -191,6 +191,8 @@ class Operations:
         self, *, service: str | None, status: str | None, limit: int
     ) -> Exchange[list[Invocation]]:
         """Return invocations, the latest first."""
+        if limit < 1:
+            raise RejectedInput(f"`limit` must be positive, got {limit}.")
         wanted = {"target_service_name": service, "status": status}
         conditions = [f"{name} = {_quoted(it)}" for name, it in wanted.items() if it is not None]
         where = f"WHERE {' AND '.join(conditions)} " if conditions else ""

@@ -36,7 +36,7 @@ class SyncClient:
 
     Example:
         ```python
-        with durable.client.SyncClient("http://localhost:8080") as client:
+        with SyncClient("http://localhost:8080") as client:
             haiku = client.call(write, "spring", idempotency_key="haiku-1")
         ```
     """

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ from restate.serde import BytesSerde
 
 import durable
 from durable import client as dc
+from durable.__main__ import main
 from durable.client import Client, Handle, SyncClient
 from durable.server import RestateServer
+from tests.live import fastapi_backend
 from tests.live.hosting import Ingress, hosted, serving
 from tests.live.scripted import calls, done, script
 
@@ -99,7 +101,7 @@ async def wait(ctx: restate.Context, name: str) -> str:
     return f"{name} {value}"
 
 
-told = asyncio.Queue[str]()
+told: asyncio.Queue[str] = asyncio.Queue()
 """Ids of awakeables, and of what else waits."""
 
 
@@ -857,3 +859,93 @@ async def test_the_sync_client(ingress: Ingress, server: RestateServer) -> None:
     chat = durable.agent_session(talker)
     async with hosted(server, service, chat, durable.agent_run):
         await asyncio.to_thread(work)
+
+
+async def test_from_fastapi(server: RestateServer) -> None:
+    """A backend that knows only the handler function, in strict types, calls the agent."""
+    async with serving(fastapi_backend.services) as agents:
+        await server.register(agents)
+        app = fastapi_backend.backend(server.ingress_url)
+        async with serving(app) as url, httpx2.AsyncClient(base_url=url, trust_env=False) as http:
+            reply = {"text": "We look into it.", "urgent": False}
+            ticket = {"text": "It is broken."}
+            async with asyncio.timeout(20):
+                while True:
+                    with suppress(httpx2.ConnectError):  # until it listens
+                        answer = await http.post("/tickets", json=ticket)
+                        break
+            assert answer.json() == reply
+            number = some_key()
+            runs = [(await http.put(f"/tickets/{number}", json=ticket)).json() for _ in "ab"]
+            assert runs[0] == runs[1]
+            async with asyncio.timeout(20):
+                while (answer := await http.get(f"/replies/{runs[0]}")).status_code == 202:
+                    await asyncio.sleep(0.02)
+            assert answer.json() == reply
+            assert (await http.post("/tickets", json={"text": ""})).status_code == 422
+            assert (await http.get("/replies/nothing")).status_code == 503
+
+
+class TestCommands:
+    async def test_runs(
+        self, client: Client, server: RestateServer, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """One line per invocation, with the whole id and what became of it."""
+        failed, waits = await client.send(fail, 402), await client.send(wait, "tea")
+        await told.get()
+        with pytest.raises(dc.RunFailed):
+            await client.attach(failed)
+
+        async def lines(*arguments: str) -> list[str]:
+            command = ["runs", "--admin", server.admin_url, *arguments]
+            assert await asyncio.to_thread(main, command) == 0
+            return capsys.readouterr().out.splitlines()
+
+        listed = {line.split()[0]: line for line in await lines("--service", "Shop")}
+        assert "failure" in listed[str(failed)]
+        assert listed[str(failed)].rstrip().endswith("[402] sold out")
+        assert "Shop/wait" in listed[str(waits)]
+        assert len(await lines("--limit", "1")) == 2
+        assert not any(str(waits) in line for line in await lines("--status", "completed"))
+        assert await lines("--service", "Nobody") == ["No invocation fits."]
+
+    async def test_watch(
+        self,
+        client: Client,
+        server: RestateServer,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The steps are there while the run waits; the exit code tells how it ended."""
+        monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal
+        monkeypatch.setenv("RESTATE_ADMIN_URL", server.admin_url)
+        handle = await client.send(wait, "tea")
+        watching = asyncio.create_task(asyncio.to_thread(main, ["watch", str(handle)]))
+        shown = ""
+        async with asyncio.timeout(20):
+            while "tell" not in shown:
+                await asyncio.sleep(0.02)
+                shown += capsys.readouterr().out
+        assert "after" not in shown
+        await client.resolve_awakeable(await told.get(), "now")
+        assert await watching == 0
+        assert "after" in capsys.readouterr().out
+
+        failed = await client.send(fail, 402)
+        assert await asyncio.to_thread(main, ["watch", str(failed)]) == 1
+        assert "[402] sold out" in capsys.readouterr().out
+
+    async def test_errors(self, ingress: Ingress, capsys: pytest.CaptureFixture[str]) -> None:
+        """One line each."""
+        unknown = "inv_18jYkUAxwZWm2Wk5xVuX0a1G0B2kZJqh2R"
+        admin = ingress.server.admin_url
+        for arguments, message in (
+            (["watch", "--admin", admin, unknown], f"There is no invocation {unknown}"),
+            (["watch", "--admin", admin, "x"], "'x' is not the id of an invocation"),
+            (["runs", "--admin", "nowhere"], "`admin_url` must be like 'http://"),
+            (["runs", "--admin", admin, "--limit", "0"], "`limit` must be positive"),
+        ):
+            assert await asyncio.to_thread(main, arguments) == 1
+            [line] = capsys.readouterr().err.splitlines()
+            assert line.startswith("error: ")
+            assert message in line

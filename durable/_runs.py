@@ -1,0 +1,112 @@
+"""`durable runs` lists invocations, `durable watch` shows one while it is under way."""
+
+import os
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+
+from pydantic_ai.exceptions import UserError
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from durable.client import Handle, Invocation, RejectedInput, Step, SyncClient
+
+ADMIN_URL = "http://localhost:9070"
+"""Where Restate's admin API usually answers."""
+
+_STYLES = {
+    "running": "yellow",
+    "backing-off": "red",
+    "paused": "red",
+    "failed": "red",
+    "failure": "red",
+    "completed": "green",
+    "success": "green",
+}
+
+
+def admin_client(admin_url: str | None) -> SyncClient:
+    """Return a client for the admin API: the one given, or that of restate's own command line in the environment.
+
+    Raises:
+        RejectedInput: When the address is none.
+    """
+    try:
+        return SyncClient(
+            admin_url=admin_url or os.environ.get("RESTATE_ADMIN_URL") or ADMIN_URL,
+            token=os.environ.get("RESTATE_AUTH_TOKEN"),
+        )
+    except UserError as error:
+        raise RejectedInput(error.message) from error
+
+
+def list_runs(client: SyncClient, *, service: str | None, status: str | None, limit: int) -> None:
+    """Print invocations, the latest first."""
+    table = Table("id", "handler", "status", "started", "took", "failure", box=None)
+    table.columns[0].no_wrap = True
+    for it in client.invocations(service=service, status=status, limit=limit):
+        table.add_row(
+            it.id,
+            Text(it.target),
+            _status(it),
+            f"{it.created_at.astimezone():%Y-%m-%d %H:%M:%S}",
+            _seconds(it.created_at, it.completed_at),
+            Text(it.failure or it.last_failure or ""),
+        )
+    console = _console()
+    console.print(table if table.rows else "No invocation fits.")
+
+
+def watch(client: SyncClient, handle: Handle[object]) -> bool:
+    """Show the steps of a run until it ends; return whether it ended well."""
+    console = _console()
+    with Live(console=console, vertical_overflow="visible") as live:
+        while True:
+            invocation, steps = client.status(handle), client.steps(handle)
+            ended = invocation.status == "completed"
+            shown = len(steps) if ended else max(console.height - _OTHER_LINES, 1)
+            live.update(_view(invocation, steps[-shown:], left_out=max(len(steps) - shown, 0)))
+            if ended:
+                break
+            time.sleep(_INTERVAL)
+    if not console.is_terminal:
+        console.line()  # where `Live` leaves it out
+    return invocation.result == "success"
+
+
+_INTERVAL = 0.5  # seconds
+_OTHER_LINES = 6  # of the live view
+
+
+def _view(invocation: Invocation, steps: Sequence[Step], *, left_out: int) -> RenderableType:
+    table = Table(box=None, show_header=False)
+    if left_out:
+        table.add_row(f"… {left_out} more before")
+    for step in steps:
+        style = _STYLES[step.status]
+        took = _seconds(step.started_at, step.ended_at)
+        table.add_row(Text(step.name), Text(step.status, style), took)
+    head = Text.assemble((invocation.target, "bold"), "  ", _status(invocation), "  ")
+    head.append(_seconds(invocation.created_at, invocation.completed_at))
+    failure = invocation.failure or invocation.last_failure
+    return Group(head, table, *([Text(failure, "red")] if failure else []))
+
+
+def _status(invocation: Invocation) -> Text:
+    said = invocation.result or invocation.status
+    attempts = f", attempt {invocation.attempts}" if invocation.attempts > 1 else ""
+    return Text(f"{said}{attempts}", _STYLES.get(said, ""))
+
+
+def _seconds(since: datetime, until: datetime | None) -> str:
+    took = ((until or datetime.now(UTC)) - since) / timedelta(seconds=1)
+    return f"{took:.1f} s"
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 240  # for programs that read it
+    return console
