@@ -24,11 +24,11 @@ from durable.client._operations import DERIVED, CallOptions, SendOptions
 from durable.client._sync import SyncClient, SyncSession
 
 __all__ = [
-    "DERIVED",
     "CallOptions",
     "Client",
     "ClientError",
     "Conflict",
+    "DERIVED",
     "Handle",
     "Invocation",
     "NotFound",

@@ -123,12 +123,17 @@ def exchange(request: Request, *, seconds: float | None, retries: int) -> Exchan
         assert answer is not None
         if isinstance(answer, httpx2.Response) and not _unavailable(answer):
             return _checked(answer)
-        if not left():
+        if not left() or _is_late(answer):
             raise Timeout(f"No answer within {seconds:g} s. A run that has begun goes on.")
         if pause is None:
             raise _unreachable(request, answer)
         yield Pause(min(pause, left()))
     raise AssertionError("unreachable: the last attempt has no pause")
+
+
+def _is_late(answer: httpx2.Response | httpx2.TransportError) -> bool:
+    timed_out = isinstance(answer, httpx2.TimeoutException)
+    return timed_out and not isinstance(answer, httpx2.ConnectTimeout)
 
 
 def _pauses(retries: int) -> list[float]:

@@ -879,7 +879,10 @@ async def test_from_fastapi(server: RestateServer) -> None:
             runs = [(await http.put(f"/tickets/{number}", json=ticket)).json() for _ in "ab"]
             assert runs[0] == runs[1]
             async with asyncio.timeout(20):
-                while (answer := await http.get(f"/replies/{runs[0]}")).status_code == 202:
+                while True:
+                    answer = await http.get(f"/replies/{runs[0]}")
+                    if answer.status_code != 202:
+                        break
                     await asyncio.sleep(0.02)
             assert answer.json() == reply
             assert (await http.post("/tickets", json={"text": ""})).status_code == 422

@@ -47,7 +47,9 @@ def test_imports(path: Path) -> None:
             assert not name.startswith(UNDOCUMENTED), f"{name} is undocumented"
 
 
-@pytest.mark.parametrize("name", ["durable", "durable.server", "durable.testing", "durable.worker"])
+@pytest.mark.parametrize(
+    "name", ["durable", "durable.client", "durable.server", "durable.testing", "durable.worker"]
+)
 def test_public_names(name: str) -> None:
     """`__all__` is sorted, and all of it is there and documented."""
     module = importlib.import_module(name)
