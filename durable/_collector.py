@@ -80,6 +80,9 @@ class Span:
     attributes: dict[str, Any]
     events: list[Event]
 
+    pending: bool
+    """Whether it only tells that the span has begun: Logfire sends such a span before the span itself."""
+
 
 _SPAN = TypeAdapter(Span)
 
@@ -200,6 +203,15 @@ def read_spans(file: Path) -> Iterator[Span]:
             yield from map(_SPAN.validate_json, lines)
 
 
+def latest(spans: Iterable[Span]) -> list[Span]:
+    """Return each span once: as it ended, or as it began when it has not ended."""
+    by_id: dict[str, Span] = {}
+    for span in spans:
+        if not span.pending or span.span_id not in by_id:
+            by_id[span.span_id] = span
+    return list(by_id.values())
+
+
 def _before(file: Path) -> Path:
     return file.with_suffix(f".before{file.suffix}")
 
@@ -217,28 +229,38 @@ def _spans(message: bytes) -> Iterator[Span]:
         service = str(_attributes(resource.resource.attributes).get("service.name", ""))
         for scope in resource.scope_spans:
             for span in scope.spans:
-                failed = span.status.code == Status.STATUS_CODE_ERROR
-                yield Span(
-                    trace_id=span.trace_id.hex(),
-                    span_id=span.span_id.hex(),
-                    parent_id=span.parent_span_id.hex() or None,
-                    name=span.name,
-                    kind=ProtoSpan.SpanKind.Name(span.kind).removeprefix("SPAN_KIND_"),
-                    start=span.start_time_unix_nano,
-                    end=span.end_time_unix_nano,
-                    error=span.status.message if failed else None,
-                    service=service,
-                    scope=scope.scope.name,
-                    attributes=_attributes(span.attributes),
-                    events=[
-                        Event(
-                            name=event.name,
-                            time=event.time_unix_nano,
-                            attributes=_attributes(event.attributes),
-                        )
-                        for event in span.events
-                    ],
-                )
+                yield _span(span, service=service, scope=scope.scope.name)
+
+
+def _span(span: ProtoSpan, *, service: str, scope: str) -> Span:
+    failed = span.status.code == Status.STATUS_CODE_ERROR
+    attributes = _attributes(span.attributes)
+    span_id, parent_id = span.span_id.hex(), span.parent_span_id.hex()
+    pending = attributes.get("logfire.span_type") == "pending_span"
+    if pending:  # it lies under the span that it is for
+        span_id, parent_id = parent_id, str(attributes["logfire.pending_parent_id"])
+    return Span(
+        trace_id=span.trace_id.hex(),
+        span_id=span_id,
+        parent_id=parent_id if parent_id.strip("0") else None,
+        name=span.name,
+        kind=ProtoSpan.SpanKind.Name(span.kind).removeprefix("SPAN_KIND_"),
+        start=span.start_time_unix_nano,
+        end=span.end_time_unix_nano,
+        error=span.status.message if failed else None,
+        service=service,
+        scope=scope,
+        attributes=attributes,
+        events=[
+            Event(
+                name=event.name,
+                time=event.time_unix_nano,
+                attributes=_attributes(event.attributes),
+            )
+            for event in span.events
+        ],
+        pending=pending,
+    )
 
 
 def _attributes(attributes: Iterable[KeyValue]) -> dict[str, Any]:

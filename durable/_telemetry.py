@@ -147,8 +147,8 @@ class AttemptTelemetry:
             return
         self._emitting = True
         try:
-            if self._replaying and self._journaled is not None:
-                _suspended.record(max(0, self._began - self._journaled) / 1e9)
+            if self._replaying and self._journaled is not None and self._journaled < self._began:
+                _suspended.record((self._began - self._journaled) / 1e9)
             self._replaying = False
             for emit in held:
                 with reported():

@@ -42,9 +42,11 @@ class Ingress:
         assert response.status_code == 200, response.text
         return response.json()
 
-    async def until(self, sql: str, fact: Callable[[list[dict[str, Any]]], bool]) -> None:
-        """Wait until `fact` holds for what the server answers to `sql`."""
-        async with asyncio.timeout(20):
+    async def until(
+        self, sql: str, fact: Callable[[list[dict[str, Any]]], bool], *, within: float = 20
+    ) -> None:
+        """Wait until `fact` holds for what the server answers to `sql`, so many seconds at most."""
+        async with asyncio.timeout(within):
             while True:
                 if fact(await self.server.query(sql)):
                     return

@@ -74,7 +74,7 @@ async def test_a_thousand_runs_wait_at_once() -> None:
     ):
         invocations = await in_turns([start(ingress) for _ in range(WAITING)])
         suspended = "SELECT id FROM sys_invocation WHERE status = 'suspended'"
-        await ingress.until(suspended, lambda rows: len(rows) == WAITING)
+        await ingress.until(suspended, lambda rows: len(rows) == WAITING, within=300)
         gc.collect()
         assert not [one for one in gc.get_objects() if isinstance(one, Driver)]
         assert len({pending.id for pending in told}) == len(told) == WAITING

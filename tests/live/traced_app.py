@@ -1,19 +1,30 @@
 """An application whose spans go to the collector at `TRACED_COLLECTOR`; tests kill its workers.
 
-Each span is sent when it ends, so a kill loses none, unless `TRACED_PROCESSOR=batch` says otherwise.
+Each span is sent when it is emitted, so a kill loses none, unless `TRACED_PROCESSORS` says otherwise.
 """
 
 import asyncio
+import json
 import os
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import logfire
 import restate
 from openai import AsyncOpenAI
+from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
-from pydantic_ai import Agent, RunContext
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
+from opentelemetry.sdk.trace.export import (
+    BatchSpanProcessor,
+    SimpleSpanProcessor,
+    SpanExporter,
+    SpanExportResult,
+)
+from pydantic_ai import Agent, ModelRetry, RunContext
 from pydantic_ai.models import Model
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
@@ -21,31 +32,70 @@ from pydantic_ai.providers.openai import OpenAIProvider
 import durable
 from tests.live.scripted import call, script
 
-exporter = OTLPSpanExporter(f"{os.environ['TRACED_COLLECTOR']}/v1/traces")
-processor = (
-    BatchSpanProcessor(exporter, schedule_delay_millis=100)
-    if os.environ.get("TRACED_PROCESSOR") == "batch"
-    else SimpleSpanProcessor(exporter)
-)
-logfire.configure(
-    send_to_logfire=False,
-    console=False,
-    service_name=os.environ.get("TRACED_SERVICE", "worker"),
-    additional_span_processors=[processor],
-)
-durable.configure_logfire()
+COLLECTOR = os.environ["TRACED_COLLECTOR"]
+exporter = OTLPSpanExporter(f"{COLLECTOR}/v1/traces")
+reader = InMemoryMetricReader()
+
+
+class Raising(SpanProcessor):
+    """A processor with a mistake in it."""
+
+    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
+        """Raise."""
+        raise ValueError("a mistake in on_start")
+
+    def on_end(self, span: ReadableSpan) -> None:
+        """Raise."""
+        raise ValueError("a mistake in on_end")
+
+
+class RaisingExporter(SpanExporter):
+    """An exporter with a mistake in it."""
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Raise."""
+        raise ValueError("a mistake in export")
+
+
+PROCESSORS: dict[str, Callable[[], list[SpanProcessor]]] = {
+    "simple": lambda: [SimpleSpanProcessor(exporter)],
+    "batch": lambda: [BatchSpanProcessor(exporter)],  # OTEL_BSP_SCHEDULE_DELAY
+    "raising": lambda: [
+        SimpleSpanProcessor(exporter),
+        SimpleSpanProcessor(RaisingExporter()),
+        Raising(),
+    ],
+    "logfire": lambda: [],
+}
+"""How spans get to the collector; `logfire` sends them as to Logfire, with a token, and `none` makes none."""
+
+processors = os.environ.get("TRACED_PROCESSORS", "simple")
+if processors != "none":
+    logfire.configure(
+        token="pylf_v1_local_canary" if processors == "logfire" else None,
+        send_to_logfire=processors == "logfire",
+        console=False,
+        service_name=os.environ.get("TRACED_SERVICE", "worker"),
+        additional_span_processors=PROCESSORS[processors](),
+        metrics=logfire.MetricsOptions(additional_readers=[reader]),
+        sampling=logfire.SamplingOptions(head=float(os.environ.get("TRACED_SAMPLED", "1"))),
+        advanced=logfire.AdvancedOptions(base_url=COLLECTOR),
+    )
+    if "TRACED_HIDDEN" in os.environ:
+        logfire.instrument_pydantic_ai(include_content=False)
+    durable.configure_logfire()
 
 service = restate.Service("Traced")
 
 
-def agent(name: str, model: Model, *capabilities: Any, **options: Any) -> Agent:
+def agent(name: str, model: Model, *capabilities: Any, prompt: str = "go", **options: Any) -> Agent:
     """Make an agent, and a handler of its name that runs it."""
     it = Agent(
         model, name=name, capabilities=[durable.RestateDurability(), *capabilities], **options
     )
 
     async def run(ctx: restate.Context) -> str:
-        return (await it.run("go")).output
+        return (await it.run(prompt)).output
 
     service.handler(name=name)(run)
     return it
@@ -117,9 +167,28 @@ async def hold() -> str:
 @between.tool_plain(metadata={"restate": False})
 async def wait() -> str:
     """Wait in handler code for an awakeable, with no step under way."""
-    name, resolved = durable.restate_context().awakeable(type_hint=str)
-    (Path(os.environ["TRACED_FOLDER"]) / "begun").write_text(name)
+    ctx = durable.restate_context()
+    name, resolved = ctx.awakeable(type_hint=str)
+
+    async def tell() -> None:
+        (Path(os.environ["TRACED_FOLDER"]) / "begun").write_text(name)
+
+    await ctx.run_typed("tell", tell)
     return await resolved
+
+
+@service.handler()
+async def relay(ctx: restate.Context, handler: str) -> str:
+    """Call other handlers as users of the SDK do, waiting for one and not for the other."""
+    answer = await ctx.generic_call("Traced", handler, b"")
+    ctx.generic_send("Traced", "metrics", b"")
+    return json.loads(answer)
+
+
+@service.handler()
+async def pause(ctx: restate.Context) -> str:
+    """Wait without an agent."""
+    return await wait()
 
 
 delegated = durable.agent_service(inner, name="Delegated")
@@ -128,6 +197,51 @@ delegating = agent(
     script([call("inner", prompt="dig")]),
     toolsets=[durable.AgentToolset([delegated])],
 )
+
+
+secret = agent(
+    "secret",
+    script([call("leak", secret="canary-arguments")], [call("repeat")], [call("fail")]),
+    prompt="canary-prompt",
+    instructions="canary-instructions",
+)
+leaks: list[str] = []
+
+
+@secret.tool_plain
+async def leak(secret: str) -> str:
+    """Fail once with what must not be told."""
+    if not leaks:
+        leaks.append(secret)
+        raise RuntimeError("canary-exception")
+    return "canary-result"
+
+
+@secret.tool(retries=1)
+async def repeat(ctx: RunContext) -> str:
+    """Ask the model to try again."""
+    if ctx.retry == 0:
+        raise ModelRetry("canary-retry")
+    return "canary-result"
+
+
+@secret.tool_plain(metadata={"restate": {"max_attempts": 1}})
+async def fail() -> str:
+    """Fail for good."""
+    raise RuntimeError("canary-failure")
+
+
+@service.handler()
+async def metrics(ctx: restate.Context) -> dict[str, float]:
+    """Return what was counted: of histograms how many values, and their sum under `{name}.sum`."""
+    found: Counter[str] = Counter()
+    for resource in getattr(reader.get_metrics_data(), "resource_metrics", ()):
+        for metric in (it for scope in resource.scope_metrics for it in scope.metrics):
+            for point in metric.data.data_points:
+                found[metric.name] += getattr(point, "count", None) or getattr(point, "value", 0)
+                found[f"{metric.name}.sum"] += getattr(point, "sum", 0)
+    return dict(found)
+
 
 if "OPENAI_BASE_URL" in os.environ:
     client = AsyncOpenAI(max_retries=0)
