@@ -12,6 +12,7 @@ pays nothing: waiting for a signal makes no journal entry.
 """
 
 import json
+import os
 import re
 import shlex
 from datetime import datetime, timedelta
@@ -23,6 +24,7 @@ from pydantic_ai.messages import UserContent
 from restate import Context, ObjectContext, ObjectSharedContext, TerminalError
 from restate.serde import BytesSerde, PydanticJsonSerde, Serde
 
+from durable._json_schema import validator
 from durable._names import AGENT_RUN, steering_signal
 
 
@@ -57,6 +59,9 @@ class PendingCall(BaseModel):
     args: dict[str, Any]
     """The arguments that the model chose."""
 
+    parameters: dict[str, Any] = {}
+    """The JSON schema of the arguments."""
+
     metadata: dict[str, Any] = {}
     """What the tool told with `ApprovalRequired` or `CallDeferred`."""
 
@@ -67,8 +72,13 @@ class PendingCall(BaseModel):
     closed: str | None = None
     """Why the call does not wait any more."""
 
-    def answer_command(self, *, ingress_url: str = "http://localhost:8080") -> str:
-        """Return the curl command that approves the call, or supplies its result."""
+    def answer_command(self, *, ingress_url: str | None = None) -> str:
+        """Return the curl command that approves the call, or supplies its result.
+
+        Args:
+            ingress_url: Where reviewers reach Restate, by default `RESTATE_INGRESS_URL` of the environment.
+        """
+        ingress_url = ingress_url or os.environ.get("RESTATE_INGRESS_URL", "http://localhost:8080")
         body = (
             {"decision": "approve"}
             if self.kind == "approval"
@@ -126,12 +136,23 @@ class Closing(BaseModel):
     why: str
 
 
-ANSWER: Serde[Answer] = PydanticJsonSerde(Answer)
+class AnswerLetter(BaseModel):
+    """An answer on its way to the run."""
+
+    answer: Answer
+    receipt: str
+    """The awakeable that is resolved when the run has taken the answer."""
+
+
+ANSWER: Serde[AnswerLetter] = PydanticJsonSerde(AnswerLetter)
 _PENDING: Serde[PendingCall] = PydanticJsonSerde(PendingCall)
 _CALL = "call:"
 
 RETENTION = timedelta(days=7)
 """How long it is known that a call had its answer: until then a second answer is told so."""
+
+PATIENCE = timedelta(seconds=5)
+"""How long an answer waits for the run to take it; after that it lies ready, for a worker that is down."""
 
 
 def _call(id: str) -> str:
@@ -207,14 +228,9 @@ async def steer(ctx: ObjectSharedContext, message: SteeringMessage) -> None:
     number = await ctx.object_call(count, key=invocation, arg=None)
     letter = _Letter(message=message, receipt=receipt)
     ctx.resolve_signal(invocation, steering_signal(number), letter, serde=_LETTER)
-    ended = ctx.attach_invocation(invocation, serde=BytesSerde())
-    try:
-        first, _ = await restate.select(taken=taken, ended=ended)
-    except TerminalError as error:  # how the invocation ended, or that it cannot be found
+    if (error := await _ended_before(ctx, taken=taken)) is not None:
         if error.status_code == _NOT_FOUND:
             raise _no_such(invocation) from error
-        first = "ended"
-    if first == "ended":
         raise TerminalError(
             f"The run of {invocation} ended before it could take the message: call the agent again, with "
             "the run's messages as `message_history`.",
@@ -233,9 +249,11 @@ async def count(ctx: ObjectContext) -> int:
 
 @agent_run.handler(ingress_private=True)
 async def ask(ctx: ObjectContext, call: PendingCall) -> None:
-    """Take note of a call that waits for an answer."""
+    """Take note of a call that waits for an answer, or has gone to the next reviewer."""
     await _remember(ctx)
-    ctx.set(_call(call.id), call, serde=_PENDING)
+    known = await ctx.get(_call(call.id), serde=_PENDING)
+    if known is None or known.closed is None:
+        ctx.set(_call(call.id), call, serde=_PENDING)
 
 
 @agent_run.handler(kind="shared")
@@ -249,7 +267,7 @@ async def pending(ctx: ObjectSharedContext) -> list[PendingCall]:
 
 @agent_run.handler()
 async def answer(ctx: ObjectContext, answer: Answer) -> None:
-    """Answer a call that waits.
+    """Answer a call that waits, and return when the run has the answer, or will have it once a worker is there.
 
     Raises:
         TerminalError: 404 when no such call was asked, 409 when it has its answer or waits no longer, 400
@@ -273,16 +291,47 @@ async def answer(ctx: ObjectContext, answer: Answer) -> None:
             'with `"decision": "result"`, or deny it.',
             status_code=400,
         )
-    ctx.resolve_awakeable(call.id, answer, serde=ANSWER)
-    ctx.set(_call(call.id), call.model_copy(update={"closed": "was answered"}), serde=_PENDING)
+    if isinstance(decision, Approve) and decision.args is not None:
+        if problems := validator(call.parameters)(decision.args):
+            raise TerminalError(
+                f"The arguments do not fit `{call.tool_name}`: {'; '.join(problems)}. The call waits on.",
+                status_code=400,
+            )
+    receipt, taken = ctx.awakeable(type_hint=type(None))
+    ctx.resolve_awakeable(call.id, AnswerLetter(answer=answer, receipt=receipt), serde=ANSWER)
+    _close(ctx, call, "was answered")
+    later = ctx.sleep(PATIENCE)
+    if (error := await _ended_before(ctx, taken=taken, later=later)) is not None:
+        _close(ctx, call, "ended with its run")
+        raise TerminalError(
+            f"The call of `{call.tool_name}` waits no more: its run has ended.", status_code=409
+        ) from error
 
 
 @agent_run.handler(ingress_private=True)
-async def close(ctx: ObjectContext, closing: Closing) -> None:
-    """Take note that a call waits no longer."""
+async def close(ctx: ObjectContext, closing: Closing) -> bool:
+    """Take note that a call waits no longer; return whether it has waited until now."""
     call = await ctx.get(_call(closing.call), serde=_PENDING)
-    if call is not None and call.closed is None:
-        ctx.set(_call(call.id), call.model_copy(update={"closed": closing.why}), serde=_PENDING)
+    if call is None or call.closed is not None:
+        return False
+    _close(ctx, call, closing.why)
+    return True
+
+
+def _close(ctx: ObjectContext, call: PendingCall, why: str) -> None:
+    ctx.set(_call(call.id), call.model_copy(update={"closed": why}), serde=_PENDING)
+
+
+async def _ended_before(
+    ctx: ObjectSharedContext | ObjectContext, **others: restate.RestateDurableFuture[None]
+) -> TerminalError | None:
+    """Wait until the invocation ends or one of `others` is there; return an error if it is the end."""
+    ended = ctx.attach_invocation(ctx.key(), serde=BytesSerde())
+    try:
+        first, _ = await restate.select(ended=ended, **others)
+    except TerminalError as error:  # how it ended, or that it cannot be found
+        return error
+    return TerminalError("ended", status_code=409) if first == "ended" else None
 
 
 async def _remember(ctx: ObjectContext) -> None:

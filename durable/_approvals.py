@@ -13,6 +13,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from inspect import iscoroutinefunction
 from typing import Any, Literal, cast
 
@@ -34,9 +35,10 @@ from restate import Context, TerminalError
 from restate.serde import JsonSerde, Serde
 
 from durable import _agent_run
-from durable._agent_run import ANSWER, Answer, Approve, Closing, Deny, PendingCall, Supply
+from durable._agent_run import ANSWER, AnswerLetter, Approve, Closing, Deny, PendingCall, Supply
 from durable._context import Invocation, current_invocation
 from durable._driver import InvocationCancelled
+from durable._errors import gives_up
 from durable._names import external_event, notification
 from durable._operation_backend import run_step
 from durable._options import StepOptions
@@ -178,9 +180,15 @@ class Approvals(AbstractCapability[AgentDepsT]):
         if invocation is None:
             return None
         calls = [*requests.approvals, *requests.calls]
-        answers = await asyncio.gather(
-            *[self._ask(invocation, ctx, requests, call) for call in calls]
-        )
+        asking = [
+            asyncio.ensure_future(self._ask(invocation, ctx, requests, call)) for call in calls
+        ]
+        try:
+            answers = await asyncio.gather(*asking)
+        finally:  # where one fails, the others do not wait any more
+            for one in asking:
+                one.cancel()
+            await asyncio.wait(asking)
         results = DeferredToolResults()
         for call, answer in zip(calls, answers, strict=True):
             id = call.tool_call_id
@@ -227,6 +235,7 @@ class Approvals(AbstractCapability[AgentDepsT]):
         restate = invocation.context
         agent = (ctx.agent.name if ctx.agent is not None else None) or "agent"
         id, answered = restate.awakeable(serde=ANSWER)
+        tool = ctx.tools.get(call.tool_name)
         now = invocation.now or datetime.fromtimestamp(await restate.time(), UTC)
         pending = PendingCall(
             id=id,
@@ -236,49 +245,45 @@ class Approvals(AbstractCapability[AgentDepsT]):
             tool_name=call.tool_name,
             tool_call_id=call.tool_call_id,
             args=call.args_as_dict(),
+            parameters=tool.parameters_json_schema if tool is not None else {},
             metadata=requests.metadata.get(call.tool_call_id, {}),
             asked_at=now,
             expires_at=None if self.timeout is None else now + self.timeout,
         )
 
-        close: str | None = None
         await restate.object_call(_agent_run.ask, key=pending.invocation_id, arg=pending)
         try:
             with waiting(Wait(f"wait for a person: {call.tool_name}")):
-                answer = await self._answer(pending, answered)
-            if answer is None:
-                close = "was not answered in time"
-                return self._unanswered(pending)
-            return answer
-        except (asyncio.CancelledError, InvocationCancelled):
-            close = "ended with its run"
-            raise
-        except TerminalError as rejection:  # of the awakeable itself, past `agent_run`
-            close = "was rejected"
-            return Deny(call=id, reason=rejection.message)
-        finally:
-            if close is not None:
-                closing = Closing(call=id, why=close)
+                return await self._answer(restate, pending, answered)
+        except (Exception, asyncio.CancelledError) as error:
+            if gives_up(error):
+                closing = Closing(call=id, why="ended with its run")
                 restate.object_send(_agent_run.close, key=pending.invocation_id, arg=closing)
+            raise
 
     async def _answer(
-        self, pending: PendingCall, answered: Awaitable[Answer]
-    ) -> Approve | Deny | Supply | None:
+        self, context: Context, pending: PendingCall, answered: Awaitable[AnswerLetter]
+    ) -> Approve | Deny | Supply:
         """Tell one reviewer after the other, and wait until one answers or all have let the time pass."""
-
-        async def wait() -> Answer:
-            return await answered
-
-        answer = asyncio.ensure_future(wait())
+        answer = asyncio.ensure_future(_read(context, pending, answered))
         try:
-            for notifier in filter(None, [self.notify, self.escalate_to]):
+            for number, notifier in enumerate(filter(None, [self.notify, self.escalate_to])):
+                if number and pending.expires_at is not None and self.timeout is not None:
+                    later = pending.expires_at + self.timeout
+                    pending = pending.model_copy(update={"expires_at": later})
+                    await context.object_call(_agent_run.ask, pending.invocation_id, pending)
                 name = notification(pending.agent, pending.tool_name)
-                await run_step(name, lambda notify=notifier: _tell(notify, pending), StepOptions())
+                tell = partial(_tell, notifier, pending)
+                await run_step(name, tell, StepOptions())
                 limit = None if self.timeout is None else self.timeout.total_seconds()
                 await asyncio.wait([answer], timeout=limit)
                 if answer.done():
-                    return answer.result().root
-            return None
+                    return answer.result()
+            # an answer that `agent_run` took before counts, although the run has not got it yet
+            closing = Closing(call=pending.id, why="was not answered in time")
+            if await context.object_call(_agent_run.close, key=pending.invocation_id, arg=closing):
+                return self._unanswered(pending)
+            return await answer
         finally:
             answer.cancel()
 
@@ -286,6 +291,22 @@ class Approvals(AbstractCapability[AgentDepsT]):
         if self.on_timeout == "approve":
             return Approve(call=call.id)
         return Deny(call=call.id, reason=f"Nobody answered within {self.timeout}.")
+
+
+async def _read(
+    context: Context, call: PendingCall, answered: Awaitable[AnswerLetter]
+) -> Approve | Deny | Supply:
+    """Wait for the answer and sign for it."""
+    try:
+        letter = await answered
+    except InvocationCancelled:
+        raise
+    except TerminalError as rejection:  # of the awakeable itself, past `agent_run`
+        closing = Closing(call=call.id, why="was rejected")
+        context.object_send(_agent_run.close, key=call.invocation_id, arg=closing)
+        return Deny(call=call.id, reason=rejection.message)
+    context.resolve_awakeable(letter.receipt, None)
+    return letter.answer.root
 
 
 async def _tell(notifier: Notifier, pending: PendingCall) -> None:

@@ -4,6 +4,7 @@ edit a file -> worker restarts on the same port -> registered again -> open invo
 """
 
 import asyncio
+import os
 import signal
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -75,10 +76,15 @@ async def run_dev(app: str, options: ServerOptions, *, port: int | None, reload:
         WorkerError: When the worker does not start and no change of the code could mend that.
     """
     console = _console()
-    # The same port at each start: invocations that wait in the data belong to the worker's address.
-    worker = Worker(app, port=port or _if_free(WORKER_PORT))
     async with options.server() as server:
         _print_addresses(console, server)
+        worker = Worker(
+            app,
+            # The same at each start: invocations that wait in the data belong to the worker's address.
+            port=port or _if_free(WORKER_PORT),
+            # For the commands that the app prints.
+            env={"RESTATE_INGRESS_URL": os.environ.get("RESTATE_INGRESS_URL", server.ingress_url)},
+        )
         development = _Development(console=console, server=server, worker=worker)
         try:
             if not await development.bring_up() and (not reload or not _mendable(worker)):
@@ -199,9 +205,10 @@ def _print_addresses(console: Console, server: RestateServer) -> None:
 
 
 def _describe(services: Sequence[Mapping[str, Any]], *, ingress_url: str) -> Iterator[str]:
-    """List the services, each with a line per handler that can be pasted into a shell."""
+    """List the services, each with a line per public handler that can be pasted into a shell."""
     # The admin API lists them in no particular order.
     for service in sorted(services, key=itemgetter("name")):
         yield f"{service['name']} ({service['ty']})"
-        for handler in sorted(service["handlers"], key=itemgetter("name")):
+        handlers = [it for it in service["handlers"] if it.get("public", True)]
+        for handler in sorted(handlers, key=itemgetter("name")):
             yield f"  {curl(service, handler, ingress_url=ingress_url)}"

@@ -14,6 +14,7 @@ tells them apart; an exception is looked up by its closest base class in it.
 Messages carry no response bodies and no headers: they are stored in the journal and sent to callers.
 """
 
+import asyncio
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -181,6 +182,13 @@ def ends_invocation(error: Exception) -> bool:
         if isinstance(cause, (TerminalError, RetryableError)):
             return isinstance(cause, TerminalError)
     return _hopeless(error) is not None
+
+
+def gives_up(error: BaseException) -> bool:
+    """Return whether handler code that `error` leaves is over for good, and not just its attempt."""
+    if asyncio.get_running_loop().is_closed():
+        return False
+    return not isinstance(error, Exception) or ends_invocation(error)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

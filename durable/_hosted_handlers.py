@@ -5,7 +5,6 @@ parameter that is the input. PydanticAI's own reading of a function decides for 
 included; a description of the server holds JSON schemas, which other languages fill in too.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import Parameter, Signature, signature
@@ -19,6 +18,7 @@ from pydantic_ai.tools import Tool
 from pydantic_core import from_json, to_json
 from restate.serde import DefaultSerde, PydanticJsonSerde
 
+from durable._json_schema import validator
 from durable._sdk import Handler, handler_from_callable
 
 _INPUT = "input"
@@ -152,10 +152,11 @@ def from_description(service: Mapping[str, Any], name: str) -> HostedHandler:
     if not flat:
         definitions = {it: schema.pop(it) for it in ("$defs", "definitions") if it in schema}
         schema = {**_object({_INPUT: schema}), **definitions}
-    check = _validator(schema)
+    problems = validator(schema)
 
     def encode(arguments: dict[str, Any]) -> bytes:
-        check(arguments)
+        if found := problems(arguments):
+            raise ModelRetry(f"The arguments do not fit: {'; '.join(found)}.")
         return b"" if given is None else to_json(arguments if flat else arguments[_INPUT])
 
     return HostedHandler(
@@ -205,28 +206,6 @@ def _resolved(schema: dict[str, Any]) -> dict[str, Any]:
     definition = schema.get(place.removeprefix("#/"), {}).get(name)
     dropped = ["$schema"] if definition is None else ["$schema", "$ref"]
     return {it: schema[it] for it in schema if it not in dropped} | (definition or {})
-
-
-def _validator(schema: dict[str, Any]) -> Callable[[Any], None]:
-    # takes as long to import as this library, and only handlers by name need it
-    from jsonschema import Draft202012Validator  # noqa: PLC0415
-    from referencing import Registry  # noqa: PLC0415
-    from referencing.exceptions import Unresolvable  # noqa: PLC0415
-
-    validator: Any = Draft202012Validator(schema, registry=Registry())  # which fetches nothing
-
-    def check(value: Any) -> None:
-        try:
-            problems = [
-                f"`{'.'.join(map(str, error.path)) or 'arguments'}`: {error.message}"
-                for error in validator.iter_errors(value)
-            ]
-        except (re.error, Unresolvable):
-            return  # a pattern that is none of Python's, or a reference to elsewhere: the handler knows
-        if problems:
-            raise ModelRetry(f"The arguments do not fit: {'; '.join(problems)}.")
-
-    return check
 
 
 def _read(response: bytes) -> Any:

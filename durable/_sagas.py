@@ -40,7 +40,7 @@ from restate.logging import RestateLoggingFilter
 from durable._capability import RestateDurability
 from durable._context import Invocation, current_invocation
 from durable._driver import hold_back
-from durable._errors import NOT_UNDONE, describe, ends_invocation, original_error
+from durable._errors import NOT_UNDONE, describe, gives_up, original_error
 from durable._names import undo as undo_step
 from durable._operation_backend import (
     FinishedCall,
@@ -264,11 +264,7 @@ class _Recording:
 
     def is_over(self, error: BaseException) -> bool:
         """Whether the run is over with `error`, and not just the attempt."""
-        if self.invocation is None:
-            return True
-        if asyncio.get_running_loop().is_closed():
-            return False
-        return not isinstance(error, Exception) or ends_invocation(error)
+        return self.invocation is None or gives_up(error)
 
     async def undo(self, error: BaseException) -> None:
         """Undo all calls, and note on `error` which could not be undone."""

@@ -41,7 +41,7 @@ from restate.entry_codec import JournalValueCodec
 from restate.serde import BytesSerde, PydanticJsonSerde, Serde
 
 from durable._context import Invocation, current_invocation
-from durable._errors import ends_invocation
+from durable._errors import gives_up
 from durable._names import SESSION, SESSION_OPENED, session_summary, session_turn
 from durable._operation_backend import run_step
 from durable._options import StepOptions
@@ -222,7 +222,7 @@ class Session:
             self._take(result)
         except (Exception, asyncio.CancelledError) as error:
             # what Restate will retry has not been a turn
-            if isinstance(error, asyncio.CancelledError) or ends_invocation(error):
+            if gives_up(error):
                 self._end(usage)
             raise
         self._end(usage)

@@ -8,6 +8,7 @@ from uuid import uuid4
 
 import httpx2
 import pytest
+import restate
 from pydantic_ai import Agent
 from pydantic_ai.capabilities import RequestInput
 from pydantic_ai.exceptions import CallDeferred
@@ -131,6 +132,87 @@ async def test_answers_that_fit_no_call(server: RestateServer) -> None:
     assert done == {"model": 2, "A": 1, "B": 1}
 
 
+async def test_edited_arguments_have_to_fit(server: RestateServer) -> None:
+    """They are held to the tool's schema, which the reviewer gets, and the run waits on."""
+    told, tell = notifier()
+    service = agent_service("Refunds", refunds(durable.Approvals(notify=tell)))
+    async with hosted(server, service, durable.agent_run) as ingress:
+        invocation = await start(ingress)
+        asked = await told.get()
+        assert asked.parameters["properties"].keys() == {"order", "amount"}
+        cases: list[tuple[dict[str, Any], str]] = [
+            ({"order": "A", "amount": "lots"}, "`amount`: 'lots' is not of type 'integer'"),
+            ({"order": "A"}, "'amount' is a required property"),
+        ]
+        for args, message in cases:
+            wrong = await answer(ingress, invocation, call=asked.id, decision="approve", args=args)
+            assert wrong.status_code == 400
+            assert message in wrong.json()["message"]
+        assert await pending(ingress, invocation) == [asked]
+        edited = {"order": "A", "amount": 3}
+        right = await answer(ingress, invocation, call=asked.id, decision="approve", args=edited)
+        assert right.status_code == 200
+        assert await end(ingress, invocation) == "refund=A 3"
+    assert done == {"model": 2, "A": 1}
+
+
+async def test_of_several_answers_at_once_the_run_gets_one(server: RestateServer) -> None:
+    """The others are told so."""
+    told, tell = notifier()
+    service = agent_service("Refunds", refunds(durable.Approvals(notify=tell)))
+    async with hosted(server, service, durable.agent_run) as ingress:
+        invocation = await start(ingress)
+        id = (await told.get()).id
+        given: list[dict[str, Any]] = [
+            {"decision": "deny", "reason": f"reason {number}"} for number in range(5)
+        ]
+        responses = await asyncio.gather(
+            *(answer(ingress, invocation, call=id, **it) for it in given)
+        )
+        assert sorted(it.status_code for it in responses) == [200, 409, 409, 409, 409]
+        taken = next(n for n, it in enumerate(responses) if it.status_code == 200)
+        assert await end(ingress, invocation) == f"refund=reason {taken}"
+    assert done == {"model": 2}
+
+
+async def test_an_answer_to_a_run_that_was_killed(server: RestateServer) -> None:
+    """The run could not tell that it waits no more; the one who answers is told all the same."""
+    told, tell = notifier()
+    service = agent_service("Refunds", refunds(durable.Approvals(notify=tell)))
+    async with hosted(server, service, durable.agent_run) as ingress:
+        invocation = await start(ingress)
+        asked = await told.get()
+        await ingress.http.patch(f"{server.admin_url}/invocations/{invocation}/kill")
+        for says in ("its run has ended", "ended with its run"):
+            lost = await answer(ingress, invocation, call=asked.id, decision="approve")
+            assert lost.status_code == 409
+            assert says in lost.json()["message"]
+        assert await pending(ingress, invocation) == []
+    assert done == {"model": 1}
+
+
+async def test_a_reviewer_who_cannot_be_told(server: RestateServer) -> None:
+    """The run ends with the notifier's error, and no other call goes on waiting."""
+
+    async def tell(pending: durable.PendingCall) -> None:
+        if pending.tool_call_id == "B":
+            raise restate.TerminalError("No such channel.", status_code=404)
+
+    service = agent_service("Refunds", refunds(durable.Approvals(notify=tell), orders="AB"))
+    async with hosted(server, service, durable.agent_run) as ingress:
+        invocation = await start(ingress)
+        url = f"{server.ingress_url}/restate/invocation/{invocation}/attach"
+        ended = await ingress.http.get(url)
+        assert (ended.status_code, ended.json()["message"]) == (404, "No such channel.")
+        closed = (
+            "SELECT id FROM sys_invocation WHERE target_handler_name = 'close' AND "
+            f"target_service_key = '{invocation}' AND status = 'completed'"
+        )
+        await ingress.until(closed, lambda rows: len(rows) == 2)
+        assert await pending(ingress, invocation) == []
+    assert done == {"model": 1}
+
+
 async def test_results_from_outside(server: RestateServer) -> None:
     """A call that only another system can do gets its result, or fails; it cannot be approved."""
     told, tell = notifier()
@@ -190,8 +272,11 @@ async def test_escalation(server: RestateServer) -> None:
     service = agent_service("Refunds", refunds(approvals))
     async with hosted(server, service, durable.agent_run) as ingress:
         invocation = await start(ingress)
-        asked = await escalated.get()
-        assert asked == await told.get()
+        first, asked = await told.get(), await escalated.get()
+        assert first.expires_at is not None
+        later = {"expires_at": first.expires_at + timedelta(seconds=2)}
+        assert asked == first.model_copy(update=later)
+        assert await pending(ingress, invocation) == [asked]
         await answer(ingress, invocation, call=asked.id, decision="approve")
         assert await end(ingress, invocation) == "refund=A 10"
     assert done == {"model": 2, "A": 1}

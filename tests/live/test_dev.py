@@ -19,6 +19,8 @@ import pytest
 pytestmark = pytest.mark.live
 
 APP = """
+    import os
+
     import restate
     from pydantic import BaseModel
 
@@ -32,6 +34,13 @@ APP = """
         return f"hello {request.name}"
 
     counter = restate.VirtualObject("Counter")
+
+    @greeter.handler()
+    async def ingress(ctx: restate.Context) -> str:
+        return os.environ["RESTATE_INGRESS_URL"]
+
+    @greeter.handler(ingress_private=True)
+    async def secret(ctx: restate.Context) -> None: ...
 
     @counter.handler()
     async def add(ctx: restate.ObjectContext, value: int) -> int:
@@ -131,12 +140,14 @@ def test_dev(project: Path) -> None:
     """Printed curl lines work; edits are served, broken ones survived; Ctrl-C ends all."""
     code = project / "hosted.py"
     with durable(project, "dev", "hosted:app") as dev:
-        dev.wait_for("/Greeter/greet")
+        dev.wait_for("/Greeter/ingress -X POST")
         curls = dev.curls()
-        assert list(curls) == ["/Counter/my-key/add", "/Greeter/greet"]
+        assert list(curls) == ["/Counter/my-key/add", "/Greeter/greet", "/Greeter/ingress"]
         assert json.loads(curls["/Greeter/greet"][-1]) == {"name": "Ada"}
         assert run(curls["/Greeter/greet"]) == "hello Ada"
         assert run(curls["/Counter/my-key/add"]) == 1
+        told = curls["/Greeter/ingress"][1]
+        assert told == httpx2.post(told, trust_env=False).json() + "/Greeter/ingress"
         assert "/ui/" in dev.output
 
         edit(code, "hello", "welcome")

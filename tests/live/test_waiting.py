@@ -3,6 +3,7 @@
 import asyncio
 import gc
 from collections.abc import Awaitable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,6 +11,7 @@ import httpx2
 import pytest
 
 import durable
+from durable import _agent_run
 from durable._driver import Driver
 from durable.server import RestateServer
 from durable.worker import Worker
@@ -57,6 +59,35 @@ async def test_worker_and_server_are_killed_between_question_and_answer(tmp_path
             assert response.status_code == 200, response.text
         assert await end(ingress, invocation) == "refund=A; refund=B"
     assert sorted(trace.read_text().splitlines()) == ["ask A", "ask B", "refund A", "refund B"]
+
+
+async def test_the_time_is_up_while_the_worker_is_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer that was taken before the run could see the end of the time counts."""
+    monkeypatch.setattr(_agent_run, "PATIENCE", timedelta(seconds=0.2))
+    trace = tmp_path / "trace"
+    env = {"WAITING_TRACE": str(trace), "WAITING_TIMEOUT": "2"}
+    async with (
+        RestateServer() as server,
+        Worker("tests.live.waiting_app:app", env=env) as worker,
+    ):
+        await server.register(worker.url)
+        async with hosted(server, durable.agent_run) as ingress:  # which stays up
+            invocation = await start(ingress, "Waiting/run")
+            asked = "SELECT id FROM sys_journal WHERE entry_type = 'Notification: Run' AND "
+            await ingress.until(f"{asked} id = '{invocation}'", lambda rows: len(rows) == 3)
+            worker.kill()
+            up = f"SELECT id FROM sys_journal WHERE id = '{invocation}' AND entry_type = 'Notification: Sleep'"
+            await ingress.until(up, lambda rows: len(rows) == 2)
+            [first, _] = await pending(ingress, invocation)
+            taken = await answer(ingress, invocation, call=first.id, decision="approve")
+            assert taken.status_code == 200
+            await worker.start()
+            assert await end(ingress, invocation) == (
+                f"refund={first.args['order']}; refund=Nobody answered within 0:00:02."
+            )
+    assert trace.read_text().splitlines()[-1] == "refund A"
 
 
 async def test_a_thousand_runs_wait_at_once() -> None:

@@ -1,6 +1,7 @@
 """An application whose runs wait for people, and leave a trace on disk; tests kill its workers."""
 
 import os
+from datetime import timedelta
 
 import restate
 from pydantic_ai import Agent
@@ -21,10 +22,13 @@ async def notify(pending: durable.PendingCall) -> None:
     trace(f"ask {pending.tool_call_id}")
 
 
+seconds = os.environ.get("WAITING_TIMEOUT")
+timeout = timedelta(seconds=float(seconds)) if seconds else None
+
 agent = Agent(
     script([call("refund", order, order=order) for order in "AB"]),
     name="refunds",
-    capabilities=[durable.RestateDurability(), durable.Approvals(notify=notify)],
+    capabilities=[durable.RestateDurability(), durable.Approvals(notify=notify, timeout=timeout)],
 )
 
 
