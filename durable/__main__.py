@@ -1,4 +1,4 @@
-"""The command line: `durable dev`, `durable server`, `durable serve`, `durable runs` and `durable watch`."""
+"""The command line: `durable dev`, `server` and `serve`, `durable runs`, `watch` and `export-case`."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ from rich.console import Console
 from durable._dev import ServerOptions, run_dev, run_server, until_interrupted
 from durable._process import ProcessError
 from durable._runs import ADMIN_URL, admin_client, list_runs, watch
-from durable.client import ClientError, Handle
+from durable.client import ClientError, Handle, RejectedInput, SyncClient
 from durable.worker import EXIT_NO_APP, AppNotFoundError, serve
 
 
@@ -28,15 +28,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if options.command in {"runs", "watch"}:
+    if options.command in {"runs", "watch", "export-case"}:
         with admin_client(options.admin) as client:
             if options.command == "watch":
                 return 0 if watch(client, Handle.parse(options.id)) else 1
+            if options.command == "export-case":
+                return _export_case(client, options)
             list_runs(client, service=options.service, status=options.status, limit=options.limit)
     elif options.command == "serve":
         serve(options.app, port=options.port)
     else:
         _run_server(options)
+    return 0
+
+
+def _export_case(client: SyncClient, options: argparse.Namespace) -> int:
+    try:
+        from durable._cases import export_case  # noqa: PLC0415 - pydantic-evals may be missing
+    except ImportError as error:
+        raise RejectedInput(str(error)) from error
+    handle = Handle.parse(options.id)
+    case = export_case(client, handle, name=options.name, file=options.to)
+    sys.stdout.write(case)
     return 0
 
 
@@ -109,6 +122,12 @@ def _add_client_commands(commands: Any) -> None:
         "watch", parents=[admin], help="show the steps of a run until it ends"
     )
     run.add_argument("id", metavar="ID", help="the invocation's id")
+    case = commands.add_parser(
+        "export-case", parents=[admin], help="make a case of a pydantic-evals dataset out of a run"
+    )
+    case.add_argument("id", metavar="ID", help="the invocation's id")
+    case.add_argument("--to", type=Path, metavar="FILE", help="append it to this dataset, in YAML")
+    case.add_argument("--name", metavar="NAME", help="the case's name; default: `run-…`, of the id")
 
 
 def _port(text: str) -> int:

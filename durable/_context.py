@@ -49,6 +49,9 @@ class Invocation:
     step_numbers: Iterator[int] = field(default_factory=count)
     """Numbers the steps of agents in the order they are created: the same on every replay."""
 
+    evaluation_numbers: Iterator[int] = field(default_factory=count)
+    """Numbers the agent runs that `OnlineEvaluation` looks at: the same on every replay."""
+
     now: datetime | None = None
     """The journaled time of the invocation: when the body of its latest step ended."""
 

@@ -17,6 +17,9 @@ SESSION = "session"
 SESSION_OPENED = "session.open"
 """The step that journals when a session was opened, and which of its messages came with the attempt."""
 
+EVALUATION_REPORT = "evaluate.report"
+"""The step that tells OpenTelemetry what the evaluators of a run found."""
+
 
 def session_turn(number: int) -> str:
     """Name the state that holds the messages of a turn."""
@@ -51,6 +54,21 @@ def notification(agent: str, tool: str) -> str:
 def undo(agent: str, tool: str) -> str:
     """Name the step that undoes a call of `tool`."""
     return f"{agent}__undo:{tool}"
+
+
+def online_evaluation(agent: str) -> str:
+    """Name the step that collects what the evaluators of a run need."""
+    return f"{agent}__online_evaluation"
+
+
+def evaluator(label: str) -> str:
+    """Name the step of an evaluator."""
+    return f"evaluate:{label}"
+
+
+def evaluation_sink(number: int) -> str:
+    """Name the step that gives evaluations to a sink."""
+    return f"evaluate.sink:{number}"
 
 
 def steering_signal(number: int) -> str:

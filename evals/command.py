@@ -181,6 +181,8 @@ async def _evals(arguments: Arguments, console: Console) -> int:
 async def _use_model(arguments: Arguments, loaded: Mapping[str, LoadedDataset]) -> str:
     """Make the agents of this process and of its workers use the model, and return its name."""
     if arguments.model == REFERENCE:
+        for of in loaded.values():  # runs that were exported have no reference
+            of.dataset.cases = [it for it in of.dataset.cases if it.metadata is not None]
         DEFAULT_MODEL.wrapped = ReferenceModel(
             it for name, of in loaded.items() for it in exchanges_of(name, of.dataset.cases)
         )

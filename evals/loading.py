@@ -101,8 +101,6 @@ def _check(dataset: Dataset[Any, Any, Any]) -> None:
             raise ValueError(
                 f"case {case.name!r}: every case has a name of lower-case letters, digits and hyphens"
             )
-        if case.metadata is None:
-            raise ValueError(f"case {case.name!r}: its `metadata` is missing")
 
 
 def _faults_of_evaluators(dataset: Dataset[Any, Any, Any]) -> Iterator[tuple[list[str | int], str]]:

@@ -57,8 +57,9 @@ class ReferenceModel(FunctionModel):
 def exchanges_of(pattern: str, cases: Iterable[Case[Any, Any, Any]]) -> Iterable[Exchange]:
     """Return all that is asked in these cases of a pattern, and the answers of their references."""
     for case in cases:
-        metadata = cast(CaseMetadata[Any], case.metadata)
-        yield from EVAL_PATTERNS[pattern].script(case.inputs, metadata.reference)
+        if case.metadata is not None:  # a run that was exported has none
+            metadata = cast(CaseMetadata[Any], case.metadata)
+            yield from EVAL_PATTERNS[pattern].script(case.inputs, metadata.reference)
 
 
 def _prompt(messages: list[ModelMessage]) -> str:

@@ -19,7 +19,7 @@ from durable.client._errors import (
     UnexpectedOutput,
     Unreachable,
 )
-from durable.client._invocations import Handle, Invocation, Step
+from durable.client._invocations import Handle, Invocation, Payloads, Step
 from durable.client._operations import DERIVED, CallOptions, SendOptions
 from durable.client._sync import SyncClient, SyncSession
 
@@ -33,6 +33,7 @@ __all__ = [
     "Invocation",
     "NotFound",
     "NotReady",
+    "Payloads",
     "RejectedInput",
     "RunFailed",
     "SendOptions",

@@ -14,7 +14,7 @@ from restate import VirtualObject
 from durable._agent_run import Approve, Deny, PendingCall, SteeringMessage, Supply
 from durable._sessions import SessionStatus
 from durable.client._exchange import Attempt, Exchange
-from durable.client._invocations import Handle, Invocation, Step
+from durable.client._invocations import Handle, Invocation, Payloads, Step
 from durable.client._operations import (
     CallOptions,
     JournalReader,
@@ -267,6 +267,16 @@ class Client:
             NotFound: When there is no such run.
         """
         return await self._do(self._operations.steps(handle))
+
+    async def payloads(self, handle: Handle[Any]) -> Payloads:
+        """Return what a run that has ended well was given and what it returned, from its journal.
+
+        Raises:
+            NotFound: When there is no such run, or its journal is gone: the server keeps it for a day by default.
+            NotReady: When it has not ended.
+            Conflict: When it failed.
+        """
+        return await self._do(self._operations.payloads(handle))
 
     async def progress(
         self, handle: Handle[Any], *, interval: timedelta = timedelta(seconds=0.5)

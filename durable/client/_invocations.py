@@ -109,3 +109,11 @@ class Step:
     status: Literal["running", "completed", "failed"]
     started_at: datetime
     ended_at: datetime | None = None
+
+
+@dataclass(frozen=True)
+class Payloads:
+    """What a run that has ended well was given and what it returned, as bytes: JSON, unless its handler says otherwise."""
+
+    input: bytes
+    output: bytes

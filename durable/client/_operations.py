@@ -19,9 +19,16 @@ from durable._agent_run import Answer, Approve, Deny, PendingCall, SteeringMessa
 from durable._agent_session import SessionMessage
 from durable._sessions import SessionStatus
 from durable._tracing import trace_headers
-from durable.client._errors import ClientError, Conflict, NotFound, RejectedInput, RunFailed
+from durable.client._errors import (
+    ClientError,
+    Conflict,
+    NotFound,
+    NotReady,
+    RejectedInput,
+    RunFailed,
+)
 from durable.client._exchange import Exchange, Request, exchange
-from durable.client._invocations import Handle, Invocation, Step
+from durable.client._invocations import Handle, Invocation, Payloads, Step
 from durable.client._server import Server
 from durable.client._targets import Target, read_json, target, typed
 
@@ -214,6 +221,23 @@ class Operations:
         journal = JournalReader(self, handle)
         yield from journal.read()
         return sorted(journal.steps.values(), key=lambda step: step.index)
+
+    def payloads(self, handle: Handle[Any]) -> Exchange[Payloads]:
+        """Return what a run was given and what it returned."""
+        invocation = yield from self.status(handle)
+        if invocation.status != "completed":
+            raise NotReady(f"{handle} has not ended yet: it is {invocation.status}.")
+        if invocation.failure is not None:
+            raise Conflict(f"{handle} has no output: it failed ({invocation.failure}).")
+        rows = yield from self.query(
+            f"SELECT entry_json FROM sys_journal WHERE id = '{handle}' "
+            "AND entry_type IN ('Command: Input', 'Command: Output') ORDER BY index"
+        )
+        if len(rows) < 2:
+            raise NotFound(f"The journal of {handle} is gone: the server keeps it for a time.")
+        given, returned = (from_json(row["entry_json"])["Command"] for row in rows)
+        output = returned["Output"]["result"]["Success"]
+        return Payloads(bytes(given["Input"]["payload"]), bytes(output))
 
     def restart_from(self, handle: Handle[OutputT], step: Step | str) -> Exchange[Handle[OutputT]]:
         """Begin a new run with what a completed one had before `step`."""

@@ -14,7 +14,7 @@ from restate import VirtualObject
 from durable._agent_run import Approve, Deny, PendingCall, SteeringMessage, Supply
 from durable._sessions import SessionStatus
 from durable.client._exchange import Attempt, Exchange
-from durable.client._invocations import Handle, Invocation, Step
+from durable.client._invocations import Handle, Invocation, Payloads, Step
 from durable.client._operations import (
     CallOptions,
     JournalReader,
@@ -165,6 +165,10 @@ class SyncClient:
     def steps(self, handle: Handle[Any]) -> list[Step]:
         """Return the steps of a run, in the order in which they began."""
         return self._do(self._operations.steps(handle))
+
+    def payloads(self, handle: Handle[Any]) -> Payloads:
+        """Return what a run that has ended well was given and what it returned, from its journal."""
+        return self._do(self._operations.payloads(handle))
 
     def progress(
         self, handle: Handle[Any], *, interval: timedelta = timedelta(seconds=0.5)

@@ -3,6 +3,7 @@
 import json
 import shlex
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,3 +137,19 @@ class TestCurl:
         endless = {"$ref": "#/$defs/A", "$defs": {"A": {"items": {"$ref": "#/$defs/A"}}}}
         endless["$defs"]["A"]["type"] = "array"  # type: ignore[index]
         json.loads(self.line("Service", input_json_schema=endless)[-1])
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "from durable.__main__ import main; main(['export-case', 'inv_1'])",
+        "from durable.evals import OnlineEvaluation",
+    ],
+)
+def test_without_pydantic_evals(program: str) -> None:
+    """It is an extra: whoever needs it is told so, and nobody else does."""
+    missing = "import sys; sys.modules['pydantic_evals'] = None; import durable, durable.__main__; "
+    done = subprocess.run(
+        [sys.executable, "-c", missing + program], capture_output=True, text=True, check=False
+    )
+    assert "pip install 'pydantic-ai-restate[evals]'" in done.stderr

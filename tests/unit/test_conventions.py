@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "services": {"durable", "tools", "agents"},
     "evals": {"durable", "tools", "agents", "services"},
 }
+WRAPPED = ("hypercorn", "pydantic_ai", "pydantic_evals", "restate")
 UNDOCUMENTED = ("restate.handler", "restate.server_context", "restate.vm")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
@@ -34,7 +35,7 @@ def imports(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports(path: Path) -> None:
-    """Layers import downwards, and private names of others only come through `durable/_sdk.py`."""
+    """Layers import downwards, and private names of others only come through `durable/_sdk*.py`."""
     folder = path.relative_to(ROOT).parts[0]
     for name in imports(path):
         top, *rest = name.split(".")
@@ -42,13 +43,14 @@ def test_imports(path: Path) -> None:
             assert top == folder or top in MAY_IMPORT[folder], f"{folder} imports {name}"
             if top == "durable" != folder:
                 assert not any(part.startswith("_") for part in rest), f"{name} is private"
-        elif path.name != "_sdk.py" and top in {"restate", "pydantic_ai", "hypercorn"}:
+        elif not path.name.startswith("_sdk") and top in WRAPPED:
             assert not any(part.startswith("_") for part in rest), f"{name} is private"
             assert not name.startswith(UNDOCUMENTED), f"{name} is undocumented"
 
 
 @pytest.mark.parametrize(
-    "name", ["durable", "durable.client", "durable.server", "durable.testing", "durable.worker"]
+    "name",
+    ["durable", *(f"durable.{it}" for it in ("client", "evals", "server", "testing", "worker"))],
 )
 def test_public_names(name: str) -> None:
     """`__all__` is sorted, and all of it is there and documented."""

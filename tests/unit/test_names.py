@@ -66,6 +66,10 @@ def test_names_of_our_own() -> None:
     assert _names.renamed(TOOL, "v2") == "a__function_toolset__<agent>.call_tool:v2"
     assert _names.TIMER == "timer"
     assert _names.notification("a", "refund") == "a__notify:refund"
+    assert _names.online_evaluation("a") == "a__online_evaluation"
+    assert _names.evaluator("Judge_2") == "evaluate:Judge_2"
+    assert _names.evaluation_sink(0) == "evaluate.sink:0"
+    assert _names.EVALUATION_REPORT == "evaluate.report"
     assert _names.undo("a", "hotel") == "a__undo:hotel"
     assert _names.external_event("a", "review") == "a__external_event.review"
     assert _names.steering_signal(0) == "agent_run.steer:0"
@@ -96,6 +100,10 @@ def test_names_of_our_own() -> None:
         "`timer`",
         "__notify:{tool}",
         "__undo:{tool}",
+        "__online_evaluation",
+        "`evaluate:{evaluator}`",
+        "`evaluate.report`",
+        "`evaluate.sink:{number}`",
         "hosted_toolset__{toolset id}.get_tools",
         "__external_event.{name}",
         "`agent_run.steer:{number}`",
