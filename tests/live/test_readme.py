@@ -7,6 +7,8 @@ from typing import Any
 import httpx2
 import pytest
 from pydantic_ai.models.test import TestModel
+from pydantic_evals.evaluators import LLMJudge
+from pydantic_evals.online import OnlineEvaluator
 
 from durable.server import RestateServer
 from tests.live.hosting import Ingress, serving
@@ -40,3 +42,26 @@ async def test_the_test_of_a_handler() -> None:
     exec(program.replace("openai:gpt-5-mini", "test"), namespace)
     exec(test, namespace)
     await namespace["test_write"]()
+
+
+async def test_the_client(server: RestateServer, capsys: pytest.CaptureFixture[str]) -> None:
+    """The README's calls of its first program work."""
+    program, *others = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    [calls] = [fence for fence in others if "restart_from" in fence]
+    namespace: dict[str, Any] = {}
+    exec(program.replace("openai:gpt-5-mini", "test"), namespace)
+    calls = calls.replace("http://localhost:8080", server.ingress_url)
+    exec(calls.replace("http://localhost:9070", server.admin_url), namespace)
+    async with serving(namespace["app"]) as url:
+        await server.register(url)
+        await namespace["calls"]()
+    assert "poet__model.request completed" in capsys.readouterr().out
+
+
+def test_online_evals() -> None:
+    """The README's capability goes with its first program."""
+    program, *others = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    [evals] = [fence for fence in others if "durable.evals" in fence]
+    namespace: dict[str, Any] = {"LLMJudge": LLMJudge, "OnlineEvaluator": OnlineEvaluator}
+    exec(program.replace("openai:gpt-5-mini", "test"), namespace)
+    exec(evals.replace("openai:gpt-5-mini", "test"), namespace)
