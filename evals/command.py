@@ -32,7 +32,7 @@ from evals.evaluators import JUDGE_VARIABLE
 from evals.experiment import LocalRunner, Runner, run_pattern
 from evals.ingress import CHECKOUT, IngressRunner, hosted
 from evals.loading import LoadedDataset, load
-from evals.patterns import EVAL_PATTERNS
+from evals.patterns import EVAL_PATTERNS, Exchange
 from evals.reference import REFERENCE, ReferenceModel, exchanges_of
 from evals.report import (
     PatternReport,
@@ -44,7 +44,9 @@ from evals.report import (
     read_baseline,
     table,
 )
+from evals.sloppy import SLOPPY, spoiled
 
+SCRIPTED = (REFERENCE, SLOPPY)
 DATA = CHECKOUT / ".durable" / "evals"
 
 
@@ -98,7 +100,11 @@ def _parse(argv: Sequence[str] | None) -> Arguments:
     )
     add = parser.add_argument
     add("patterns", nargs="*", metavar="PATTERN", help=f"default: {', '.join(EVAL_PATTERNS)}")
-    add("--model", metavar="M", help="as AGENTS_MODEL; `reference` gives the datasets' own answers")
+    add(
+        "--model",
+        metavar="M",
+        help="as AGENTS_MODEL; `reference` gives the datasets' own answers, `sloppy` spoils them",
+    )
     add("--via", choices=["local", "ingress"], default="local", help="default: %(default)s")
     add("--repeat", type=positive_number, default=1, metavar="N", help="runs of each case")
     add(
@@ -121,8 +127,8 @@ def _parse(argv: Sequence[str] | None) -> Arguments:
         parser.error("--experiment is made of letters, digits, hyphens and underscores")
     if arguments.ingress and arguments.via == "local":
         parser.error("--ingress needs --via ingress")
-    if arguments.model == REFERENCE and arguments.via == "ingress":
-        parser.error("the reference model has no server: use --via local")
+    if arguments.model in SCRIPTED and arguments.via == "ingress":
+        parser.error(f"the {arguments.model} model has no server: use --via local")
     return arguments
 
 
@@ -180,13 +186,13 @@ async def _evals(arguments: Arguments, console: Console) -> int:
 
 async def _use_model(arguments: Arguments, loaded: Mapping[str, LoadedDataset]) -> str:
     """Make the agents of this process and of its workers use the model, and return its name."""
-    if arguments.model == REFERENCE:
-        for of in loaded.values():  # runs that were exported have no reference
-            of.dataset.cases = [it for it in of.dataset.cases if it.metadata is not None]
-        DEFAULT_MODEL.wrapped = ReferenceModel(
-            it for name, of in loaded.items() for it in exchanges_of(name, of.dataset.cases)
-        )
-        return REFERENCE
+    if arguments.model in SCRIPTED:
+        said: list[Exchange] = []
+        for name, of in loaded.items():  # runs that were exported have no reference
+            cases = of.dataset.cases = [it for it in of.dataset.cases if it.metadata is not None]
+            said += exchanges_of(name, spoiled(name, cases) if arguments.model == SLOPPY else cases)
+        DEFAULT_MODEL.wrapped = ReferenceModel(said)
+        return arguments.model
     if arguments.model:
         os.environ["AGENTS_MODEL"] = arguments.model
     DEFAULT_MODEL.wrapped = model = configured_model()

@@ -16,6 +16,8 @@ NOTES = {
     "local": "SmolLM2-135M, a model of 135 million parameters on a CPU: the floor. It shows that the suite runs "
     "without a key and that its checks can fail, and says nothing about what the agents are worth.",
     "reference": "No language model: the answers that the datasets hold as references, which pass by definition.",
+    "sloppy": "No language model: the references, spoiled in one way per pattern (wrong figures, the wrong team, a call made "
+    "twice, code waved through), so that the checks which are there for it fail.",
 }
 """What has to be known of a model to read its figures."""
 

@@ -9,7 +9,10 @@ import pytest
 from agents.models import DEFAULT_MODEL
 from evals import command
 from evals.command import main
-from evals.report import Report
+from evals.ingress import CHECKOUT
+from evals.loading import load
+from evals.patterns import EVAL_PATTERNS
+from evals.report import Report, markdown, read_baseline
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +45,22 @@ def test_below_the_threshold(
     monkeypatch.setattr(command, "_thresholds", lambda: {"default": 1.1})
     assert main(["routing", "--model", "reference", "--data", str(tmp_path)]) == 1
     assert "routing scored 100.0%, below 110%" in capsys.readouterr().out
+
+
+def test_committed_reports() -> None:
+    """Of the datasets as they are: the perfect model passed everything, the sloppy one did not, the local one is there."""
+    versions = {name: load(name).version for name in EVAL_PATTERNS}
+    reports = CHECKOUT / "evals" / "reports"
+    found = {
+        it: read_baseline(reports / f"{it}.json", versions) for it in ("perfect", "sloppy", "local")
+    }
+    assert [it.model for it in found.values()] == ["reference", "sloppy", "local"]
+    for name, report in found.items():
+        assert list(report.patterns) == list(EVAL_PATTERNS)
+        scores = {it.score for it in report.patterns.values()}
+        assert (scores == {1}) == (name == "perfect")
+        assert name == "perfect" or max(scores) < 1
+        assert (reports / f"{name}.md").read_text() == markdown(report, None)
 
 
 def test_a_baseline_of_another_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

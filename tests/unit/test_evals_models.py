@@ -1,29 +1,21 @@
 """A perfect model passes everything; a sloppy one fails exactly the checks it should, whatever the pattern."""
 
-import re
 from collections import Counter
-from collections.abc import Callable, Generator
-from typing import Any, cast
+from collections.abc import Generator
 
 import logfire
 import pytest
 
 import durable
-from agents.evaluator_optimizer import Attempt
 from agents.models import DEFAULT_MODEL
-from agents.parallelization import Analysis
-from agents.routing import Team
 from evals.experiment import LocalRunner, run_pattern
 from evals.loading import LoadedDataset, load
 from evals.patterns import (
     EVAL_PATTERNS,
-    CaseMetadata,
-    OrchestratorReference,
-    RoutingReference,
-    ToolsReference,
 )
 from evals.reference import ReferenceModel, exchanges_of
 from evals.report import PatternReport
+from evals.sloppy import spoiled
 
 
 @pytest.fixture(autouse=True)
@@ -50,55 +42,9 @@ async def test_a_perfect_model_passes_everything(name: str) -> None:
     assert {len(results) for results in report.cases.values()} == {2}
 
 
-def bumped(reference: list[str]) -> list[str]:
-    """Every number is one too high."""
-    return [re.sub(r"\d+", lambda it: str(int(it[0]) + 1), text) for text in reference]
-
-
-def misrouted(reference: RoutingReference) -> RoutingReference:
-    """To billing, whatever it is about, and money is promised."""
-    team: Team = "product" if reference.route.team == "billing" else "billing"
-    body = f"{reference.reply.body} 1234 USD has been refunded."
-    return RoutingReference(
-        route=reference.route.model_copy(update={"team": team}),
-        reply=reference.reply.model_copy(update={"body": body}),
-    )
-
-
-def unranked(reference: list[Analysis]) -> list[Analysis]:
-    """Each analysis is that of the next input, its actions upside down."""
-    return [
-        it.model_copy(update={"actions": it.actions[::-1]}) for it in [*reference[1:], reference[0]]
-    ]
-
-
-def calculated_twice(reference: ToolsReference) -> ToolsReference:
-    return reference.model_copy(update={"calls": [*reference.calls, *reference.calls[:1]]})
-
-
-def shortened(reference: OrchestratorReference) -> OrchestratorReference:
-    """The last task is forgotten, which leaves too short a plan where there were two."""
-    plan = reference.plan.model_copy(update={"tasks": reference.plan.tasks[:-1]})
-    return reference.model_copy(update={"plan": plan, "works": reference.works[:-1]})
-
-
-def waved_through(reference: list[Attempt]) -> list[Attempt]:
-    """The first attempt passes, whatever it is worth."""
-    first = reference[0]
-    verdict = first.evaluation.model_copy(update={"verdict": "PASS"})
-    return [first.model_copy(update={"evaluation": verdict})]
-
-
-def unimpressed(reference: list[str]) -> list[str]:
-    """No comment changes anything."""
-    return [reference[0]] * len(reference)
-
-
-async def sloppy(name: str, spoil: Callable[[Any], Any]) -> PatternReport:
+async def sloppy(name: str) -> PatternReport:
     loaded = load(name)
-    for case in loaded.dataset.cases:
-        metadata = cast(CaseMetadata[Any], case.metadata)
-        metadata.reference = spoil(metadata.reference)
+    loaded.dataset.cases = spoiled(name, loaded.dataset.cases)
     return await ran(name, loaded)
 
 
@@ -110,7 +56,7 @@ def outcomes(report: PatternReport) -> tuple[Counter[str], Counter[str]]:
 
 async def test_sloppy_chaining() -> None:
     """Wrong figures; the cases without any are not touched."""
-    report = await sloppy("chaining", bumped)
+    report = await sloppy("chaining")
     passed, failed = outcomes(report)
     assert {name for name, results in report.cases.items() if results[0].passed} == {
         "no-figures",
@@ -128,7 +74,7 @@ async def test_sloppy_chaining() -> None:
 
 
 async def test_sloppy_routing() -> None:
-    report = await sloppy("routing", misrouted)
+    report = await sloppy("routing")
     passed, failed = outcomes(report)
     assert failed["RoutedTo"] == failed["NoInventedFigures"] == 12
     assert failed["Avoids"] + failed["Avoids_2"] == 13  # one case forbids the word by itself, too
@@ -137,7 +83,7 @@ async def test_sloppy_routing() -> None:
 
 
 async def test_sloppy_parallelization() -> None:
-    report = await sloppy("parallelization", unranked)
+    report = await sloppy("parallelization")
     alone = {"empty-of-facts", "priorities-in-the-text"}  # one input each
     right = {n for n, results in report.cases.items() if results[0].checks["EveryInput"]}
     assert right == alone
@@ -148,14 +94,14 @@ async def test_sloppy_parallelization() -> None:
 
 async def test_sloppy_tools() -> None:
     """A call that is made twice is found by what was calculated, by the count, and as a repetition."""
-    passed, failed = outcomes(await sloppy("parallel-tools", calculated_twice))
+    passed, failed = outcomes(await sloppy("parallel-tools"))
     assert failed == {"Calculated": 11, "Tools": 11, "NothingTwice": 11}
     assert passed["Agents"] == 12
 
 
 async def test_sloppy_orchestrator() -> None:
     """Runs that fail for good are counted, and do not end the suite."""
-    report = await sloppy("orchestrator-workers", shortened)
+    report = await sloppy("orchestrator-workers")
     errors = [result.error for result in report.results if result.error is not None]
     assert len(errors) == 8  # plans of two tasks
     assert all("A plan has 2 to 5 tasks, and this one has 1" in error for error in errors)
@@ -164,7 +110,7 @@ async def test_sloppy_orchestrator() -> None:
 
 
 async def test_sloppy_evaluator() -> None:
-    report = await sloppy("evaluator-optimizer", waved_through)
+    report = await sloppy("evaluator-optimizer")
     wrong = {n for n, results in report.cases.items() if not results[0].passed}
     assert wrong == {
         "looks-right-median",
@@ -177,7 +123,7 @@ async def test_sloppy_evaluator() -> None:
 
 
 async def test_sloppy_writer() -> None:
-    report = await sloppy("human-in-the-loop", unimpressed)
+    report = await sloppy("human-in-the-loop")
     assert {n for n, results in report.cases.items() if results[0].passed} == {"passed-at-once"}
     _, failed = outcomes(report)
     assert failed["EveryDraft"] == 11
