@@ -1,13 +1,13 @@
 """What ran in a case, read from its span tree, and that tree made from a journal.
 
-In this process the tree has PydanticAI's own spans. A run over the ingress ran elsewhere, maybe partly before
-this process was started: its spans are gone, but its journal says the same, which steps ran and what they
-returned. So the tree is made of the journal's steps, with the attributes that PydanticAI's spans have.
+In this process the tree has PydanticAI's own spans. A run over the ingress ran elsewhere: its spans come from a
+collector. Some may be lost with a worker that was killed, but the journal says the same, which steps ran and what they
+returned. So what is missing is made of the journal's steps, with the attributes that PydanticAI's spans have.
 """
 
 import json
-from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -15,6 +15,8 @@ from typing import Any
 from pydantic import TypeAdapter
 from pydantic_ai.messages import ModelResponse
 from pydantic_evals.otel import SpanNode, SpanTree
+
+from durable.testing import Span
 
 STEP = "restate.step.id"
 """The attribute of a span that was made of a step: where it stands in which journal."""
@@ -137,6 +139,58 @@ def _usage(response: ModelResponse) -> dict[str, str | float]:
     except LookupError:
         pass  # nobody knows the price of this model
     return usage
+
+
+def completed_tree(
+    spans: Iterable[Span], journal: SpanTree, invocations: Collection[str]
+) -> tuple[SpanTree, bool]:
+    """Make a span tree of the spans of some invocations, completed from their journals.
+
+    Args:
+        spans: Of a collector, others among them.
+        journal: The tree made of the journals.
+        invocations: Their ids.
+
+    Returns:
+        The tree, and whether spans are missing in it.
+    """
+    found = _spans_of(spans, invocations)
+    places = Counter(_place(node) for node in found)
+    steps = Counter(_place(node) for node in journal)
+    lost = {place for place, count in steps.items() if places[place] != count}
+    nodes = [node for node in journal if _place(node) in lost]
+    nodes += [node for node in found if _place(node) not in lost]
+    nodes.sort(key=lambda node: node.start_timestamp)
+    return SpanTree(nodes_by_id={node.node_key: node for node in nodes}), bool(lost)
+
+
+def _place(node: SpanNode) -> tuple[object, object]:
+    """Return the invocation of a model request or tool call, and the name of its step."""
+    if STEP in node.attributes:  # it is made of the step
+        return str(node.attributes[STEP]).partition("/")[0], node.name
+    return node.attributes.get("restate.invocation.id"), node.attributes.get("restate.step")
+
+
+def _spans_of(spans: Iterable[Span], invocations: Collection[str]) -> list[SpanNode]:
+    """Return the spans of the handlers, and what lies under them."""
+    found: dict[str, Span] = {}
+    for it in sorted((it for it in spans if not it.pending), key=lambda it: it.start):
+        invocation = it.attributes.get("restate.invocation.id")
+        if invocation in invocations or (invocation is None and it.parent_id in found):
+            found[it.span_id] = it
+    return [
+        SpanNode(
+            name=it.name,
+            trace_id=int(it.trace_id, 16),
+            span_id=int(it.span_id, 16),
+            parent_span_id=None if it.parent_id is None else int(it.parent_id, 16),
+            start_timestamp=datetime.fromtimestamp(it.start / 1e9, UTC),
+            end_timestamp=datetime.fromtimestamp(it.end / 1e9, UTC),
+            attributes=it.attributes,
+            status="unset" if it.error is None else "error",
+        )
+        for it in found.values()
+    ]
 
 
 def spent(tree: SpanTree) -> dict[str, float]:

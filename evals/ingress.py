@@ -5,13 +5,17 @@ killed and started again with the same experiment and data directory, what is fi
 server's storage, and what was under way goes on where it stopped.
 
 Results and journals are kept for a day, which is Restate's default: an experiment can be continued for as long.
+
+The trace of a case goes out with its call, and the spans of the services come back through a collector on this machine.
+Those that were lost with a killed worker are made of the journal.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +24,20 @@ from opentelemetry import propagate
 from pydantic import BaseModel
 from pydantic_ai.exceptions import UserError
 from pydantic_evals.evaluators import EvaluatorContext
+from pydantic_evals.otel import SpanTree
 
 from durable.server import RestateServer
+from durable.testing import Collector
 from durable.worker import Worker
-from evals.activity import journal_tree
+from evals.activity import completed_tree, journal_tree
 from evals.patterns import EVAL_PATTERNS
 from services.client import ClientError, Pattern, call
 from services.human_in_the_loop import HumanInTheLoopStatus
 
 CHECKOUT = Path(__file__).parent.parent
+
+_SPANS_ARRIVE = 3.0
+"""Seconds to wait for spans after a run has ended."""
 
 TIMEOUT = 1800.0
 """Seconds for one run: one that restate-server pauses would never end."""
@@ -41,6 +50,11 @@ class IngressRunner:
     experiment: str
     ingress_url: str
     admin_url: str
+
+    collector: Collector | None = None
+    """Has the spans of the services, where this process hosts them."""
+
+    _began: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     unreachable: list[str] = field(default_factory=list[str])
     """Why calls got no answer: then there is nothing to say about the cases."""
@@ -117,9 +131,14 @@ class IngressRunner:
         ended, began = (
             datetime.fromisoformat(invocation[f"{it}_at"]) for it in ("completed", "created")
         )
-        return replace(
-            context, _span_tree=journal_tree(rows), duration=(ended - began).total_seconds()
-        )
+        tree = journal_tree(rows)
+        if self.collector is not None:
+            # what ended before this process began has sent all that it ever will
+            seconds = _SPANS_ARRIVE if ended > self._began else 0.0
+            tree = await _collected(
+                self.collector, tree, {it["id"] for it in [invocation, *called]}, seconds
+            )
+        return replace(context, _span_tree=tree, duration=(ended - began).total_seconds())
 
     def _key(self, pattern: str, run: str) -> str:
         return f"{self.experiment}.{pattern}.{run}"
@@ -137,6 +156,20 @@ class IngressRunner:
         return httpx2.AsyncClient(timeout=30, trust_env=False)
 
 
+async def _collected(
+    collector: Collector, journal: SpanTree, invocations: set[str], seconds: float
+) -> SpanTree:
+    """Wait for the spans of these invocations, so long at most, and complete them from the journal."""
+    give_up = time.monotonic() + seconds
+    while True:
+        tree, missing = completed_tree(
+            await asyncio.to_thread(collector.spans), journal, invocations
+        )
+        if not missing or time.monotonic() > give_up:
+            return tree
+        await asyncio.sleep(0.1)
+
+
 @asynccontextmanager
 async def hosted(experiment: str, *, data_dir: Path) -> AsyncGenerator[IngressRunner]:
     """Start restate-server on the data of earlier runs, and a worker with the services.
@@ -152,18 +185,28 @@ async def hosted(experiment: str, *, data_dir: Path) -> AsyncGenerator[IngressRu
     remembered = data_dir / "worker-port"
     port, log = _read_port(remembered), data_dir / "worker.log"
     try:
-        async with (
-            RestateServer(data_dir=data_dir / "restate") as server,
-            Worker("services:app", port=port, cwd=CHECKOUT, log_file=log) as worker,
-            asyncio.TaskGroup() as group,
-        ):
-            remembered.write_text(worker.url.rpartition(":")[2])
-            await server.register(worker.url)
-            keeping = group.create_task(_keep(worker))
-            yield IngressRunner(
-                experiment=experiment, ingress_url=server.ingress_url, admin_url=server.admin_url
-            )
-            keeping.cancel()
+        with Collector(data_dir / "spans" / f"{experiment}.jsonl") as collector:
+            env = {
+                "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{collector.url}/v1/traces",
+                "OTEL_BSP_SCHEDULE_DELAY": "100",  # milliseconds
+            }
+            async with (
+                RestateServer(data_dir=data_dir / "restate") as server,
+                Worker(
+                    "evals.worker:app", port=port, cwd=CHECKOUT, env=env, log_file=log
+                ) as worker,
+                asyncio.TaskGroup() as group,
+            ):
+                remembered.write_text(worker.url.rpartition(":")[2])
+                await server.register(worker.url)
+                keeping = group.create_task(_keep(worker))
+                yield IngressRunner(
+                    experiment=experiment,
+                    ingress_url=server.ingress_url,
+                    admin_url=server.admin_url,
+                    collector=collector,
+                )
+                keeping.cancel()
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
 

@@ -38,17 +38,22 @@ Where it cannot be the same:
   a cancelled invocation does not cancel them. `ctx.attach_invocation` raises `NotImplementedError`.
 - Handlers that share the state or the promises of a key do not run beside each other.
 - The ingress is left out: its own errors, such as that of a wrong content type, are not made.
+
+`Collector` takes the spans of real workers, for tests of what they do.
 """
 
+from durable._collector import Collector, Span
 from durable.testing._attempt import JournalMismatch
 from durable.testing._crashes import check_every_crash
 from durable.testing._entries import Entry
 from durable.testing._invocation import InMemoryInvocation, StillFailing, Suspended
 
 __all__ = [
+    "Collector",
     "Entry",
     "InMemoryInvocation",
     "JournalMismatch",
+    "Span",
     "StillFailing",
     "Suspended",
     "check_every_crash",

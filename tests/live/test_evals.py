@@ -9,12 +9,16 @@ import threading
 from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import logfire
 import pytest
+from opentelemetry import trace
 from pydantic_ai.messages import TextPart
+from pydantic_evals.evaluators import Evaluator
+from pydantic_evals.otel import SpanTree
 
 import durable
 from agents.models import DEFAULT_MODEL
@@ -22,6 +26,7 @@ from durable.server import RestateServer
 from evals.activity import model_requests, tool_calls
 from evals.experiment import Context, LocalRunner, run_pattern
 from evals.ingress import CHECKOUT, IngressRunner
+from evals.ingress import hosted as worker_of_the_suite
 from evals.loading import load
 from evals.patterns import EVAL_PATTERNS
 from evals.reference import ReferenceModel, exchanges_of
@@ -195,7 +200,7 @@ async def test_a_killed_suite_goes_on(tmp_path: Path) -> None:
         try:
             # 1. In the third case; the worker dies, the runner starts another one.
             assert await asyncio.to_thread(model.holding.wait, 60), output(tmp_path)
-            [worker] = children(first.pid, "services:app")
+            [worker] = children(first.pid, "evals.worker:app")
             os.kill(worker, 9)
             assert model.answered.total() == 5
             model.release()
@@ -222,6 +227,46 @@ async def test_a_killed_suite_goes_on(tmp_path: Path) -> None:
     assert set(model.answered.values()) == {1}
     assert (model.asked - model.answered).total() == 2  # one was cut by each kill
     assert {it.passed for of in report.patterns.values() for it in of.results} == {True}
+
+
+@dataclass
+class Tree(Evaluator[Any, Any, Any]):
+    """Finds what only spans show: which agent's run a request lies under, in the trace of the case."""
+
+    trees: list[tuple[SpanTree, int]] = field(default_factory=list[tuple[SpanTree, int]])
+
+    def evaluate(self, ctx: Context) -> bool:
+        self.trees.append((ctx.span_tree, trace.get_current_span().get_span_context().trace_id))
+        return ctx.span_tree.any(
+            {
+                "name_equals": "invoke_agent routing-classifier",
+                "some_child_has": {"has_attributes": {"gen_ai.operation.name": "chat"}},
+            }
+        )
+
+
+async def test_spans_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trace of a case goes out, the services' spans come back; what is lost is made of the journal."""
+    loaded = load("routing")
+    loaded.dataset.cases = loaded.dataset.cases[:3]
+    looking = Tree()
+    loaded.dataset.evaluators = [*loaded.dataset.evaluators, looking]
+    with provider(Script("routing", hold_after=sys.maxsize)) as api:
+        for name, value in api.env.items():
+            monkeypatch.setenv(name, value)
+        async with worker_of_the_suite("spans", data_dir=tmp_path) as runner:
+            report = await run_pattern("routing", loaded, runner, experiment="spans")
+            assert {result.passed for result in report.results} == {True}
+            assert {result.requests for result in report.results} == {2}
+            for tree, trace_id in looking.trees:
+                assert {node.trace_id for node in tree} == {trace_id}
+
+            assert runner.collector is not None
+            runner.collector.file.write_bytes(b"")
+            again = await run_pattern("routing", loaded, runner, experiment="spans")
+    assert {result.checks["Tree"] for result in again.results} == {False}
+    assert {result.checks["Agents"] for result in again.results} == {True}
+    assert {result.requests for result in again.results} == {2}
 
 
 def output(directory: Path) -> str:
