@@ -425,6 +425,34 @@ class TestRuns:
         assert finished == ["tell", "after"]
         assert len(seen) == len(set(seen))
 
+    async def test_payloads(self, client: Client, server: RestateServer) -> None:
+        """What went in and came out, as bytes, where a run ended well and its journal is there."""
+        handle = await client.send(buy, Order(item="tea"))
+        receipt = await client.attach(handle)
+        payloads = await client.payloads(handle)
+        assert Order.model_validate_json(payloads.input) == Order(item="tea")
+        assert Receipt.model_validate_json(payloads.output, by_name=True) == receipt
+
+        waits, failed = await client.send(wait, "tea"), await client.send(fail, 402)
+        with pytest.raises(dc.NotReady, match="has not ended yet"):
+            await client.payloads(waits)
+        with pytest.raises(dc.RunFailed):
+            await client.attach(failed)
+        with pytest.raises(dc.Conflict, match="it failed"):
+            await client.payloads(failed)
+
+        forgetful = restate.Service("Forgetful", journal_retention=timedelta(0))
+
+        @forgetful.handler()
+        async def forget(ctx: restate.Context) -> str:
+            return "what?"
+
+        async with hosted(server, forgetful):
+            forgotten = await client.send(forget, idempotency_key=some_key())
+            assert await client.attach(forgotten) == "what?"
+            with pytest.raises(dc.NotFound, match="The journal of .* is gone"):
+                await client.payloads(forgotten)
+
     async def test_failed_steps(self, client: Client, server: RestateServer) -> None:
         """Are told as such."""
         service = restate.Service("Steps")
@@ -826,6 +854,7 @@ async def test_the_sync_client(ingress: Ingress, server: RestateServer) -> None:
             assert any(it.id == str(handle) for it in client.invocations(service="Shop"))
             client.resolve_awakeable(id, "now")
             assert client.attach(handle) == client.output(handle) == "tea now"
+            assert client.payloads(handle) == dc.Payloads(b'"tea"', b'"tea now"')
             progress = client.progress(handle, interval=timedelta(milliseconds=20))
             assert [step.name for step in progress] == ["tell", "after"]
             again = client.restart_from(handle, client.steps(handle)[-1])

@@ -23,6 +23,7 @@ from pydantic_evals.otel import SpanTree
 import durable
 from agents.models import DEFAULT_MODEL
 from durable.server import RestateServer
+from durable.testing import Collector
 from evals.activity import model_requests, tool_calls
 from evals.experiment import Context, LocalRunner, run_pattern
 from evals.ingress import CHECKOUT, IngressRunner
@@ -267,6 +268,31 @@ async def test_spans_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert {result.checks["Tree"] for result in again.results} == {False}
     assert {result.checks["Agents"] for result in again.results} == {True}
     assert {result.requests for result in again.results} == {2}
+
+
+async def test_experiments_in_logfire(tmp_path: Path) -> None:
+    """With a token the experiment, its cases and what the services did go there, as one trace."""
+    files = ["--data", str(tmp_path), "--experiment", "seen", "--report", str(tmp_path / "out")]
+    with (
+        provider(Script("routing", hold_after=sys.maxsize)) as api,
+        Collector(tmp_path / "logfire.jsonl") as in_place_of_logfire,
+    ):
+        env = {"LOGFIRE_TOKEN": "pylf_v1_local_canary", "LOGFIRE_BASE_URL": in_place_of_logfire.url}
+        suite = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "evals", "routing", "--via", "ingress", *files),
+            cwd=CHECKOUT,
+            env={**os.environ, **api.env, **env},
+        )
+        assert await suite.wait() == 0
+        spans = [span for span in in_place_of_logfire.spans() if not span.pending]
+    [experiment] = [span for span in spans if span.name == "evaluate {name}"]
+    assert (experiment.attributes["name"], experiment.attributes["task_name"]) == (
+        "seen",
+        "routing",
+    )
+    assert experiment.attributes["n_cases"] == 12
+    trace = Counter(span.name for span in spans if span.trace_id == experiment.trace_id)
+    assert trace["case: {case_name}"] == trace["invoke_agent routing-classifier"] == 12
 
 
 def output(directory: Path) -> str:
