@@ -60,18 +60,12 @@ class _HandlerTask(asyncio.Task[T]):
     `asyncio.TaskGroup` and anyio keep their tasks in sets and cancel them in the order of the set.
     """
 
-    def __init__(
-        self, coro: Coroutine[Any, Any, T] | Generator[Any, None, T], *, number: int, **options: Any
-    ) -> None:
-        # asyncio registers the task in a set for the whole process: by address, because there the numbers
-        # of many loops would collide
-        super().__init__(coro, **options)
-        self._number = number
-
-    _number = 0
+    number = 0
+    """Counts the tasks of a loop. Set when asyncio has registered the task in a set for the whole process: by
+    address, because there the numbers of many loops would collide."""
 
     def __hash__(self) -> int:
-        return self._number or object.__hash__(self)
+        return self.number or object.__hash__(self)
 
 
 class _InOrder(dict[CancelScope, None]):
@@ -151,6 +145,7 @@ class HandlerLoop(asyncio.AbstractEventLoop):
         """
         self.telemetry = telemetry
         self._host = host
+        self._debug = host.get_debug()  # asked for with each callback, task and future
         self._attempt = attempt
         self._ready: deque[asyncio.Handle] = deque()
         self._parked: list[asyncio.Handle] = []
@@ -297,8 +292,9 @@ class HandlerLoop(asyncio.AbstractEventLoop):
         context: Context | None = None,
     ) -> asyncio.Task[T]:
         """Create a task of this loop."""
+        task = _HandlerTask(coro, loop=self, name=name, context=context)
         self._created += 1
-        task = _HandlerTask(coro, loop=self, name=name, context=context, number=self._created)
+        task.number = self._created
         self._tasks[task] = None
         return task
 
@@ -308,7 +304,7 @@ class HandlerLoop(asyncio.AbstractEventLoop):
 
     def get_debug(self) -> bool:
         """Return the host loop's debug mode."""
-        return self._host.get_debug()
+        return self._debug
 
     def is_running(self) -> bool:
         """Return whether the host loop runs: what was opened for this loop's code lives there.

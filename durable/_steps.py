@@ -28,6 +28,9 @@ Step = Callable[[], Coroutine[Any, Any, None]]
 FLUSH_DELAY = 0.004
 """Seconds that the start of a step waits for the step's end."""
 
+_LOOK_AGAIN: Any = {"type": "restate.run_completed", "data": None}
+"""The event of the SDK that makes the driver look at what there is to do."""
+
 
 class Steps(dict[int, Step]):
     """The steps of an attempt that wait to be executed, by handle: stands in for the SDK's dict."""
@@ -86,12 +89,11 @@ class Steps(dict[int, Step]):
         finally:
             self._executing -= 1
             self._release_failures()
-            self.wake_driver()
+            await self._receive.enqueue_restate_event(_LOOK_AGAIN)
 
     def wake_driver(self) -> None:
         """Make the driver look again at what there is to do."""
-        event: Any = {"type": "restate.run_completed", "data": None}
-        self._host.create_task(self._receive.enqueue_restate_event(event))
+        self._host.create_task(self._receive.enqueue_restate_event(_LOOK_AGAIN))
 
     async def _execute_beside_others(
         self, handle: int, action: Callable[[], Any], *options: Any
