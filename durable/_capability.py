@@ -6,7 +6,7 @@ from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 from pydantic_ai.agent import AbstractAgent, EventStreamHandler
 from pydantic_ai.capabilities import (
@@ -35,7 +35,7 @@ from pydantic_ai.models import Model, ModelRequestContext
 from pydantic_ai.output import OutputContext
 from pydantic_ai.run import AgentRunResult
 from pydantic_ai.tools import AgentDepsT, RunContext
-from pydantic_ai.toolsets import AbstractToolset, DynamicToolset, ToolsetTool
+from pydantic_ai.toolsets import AbstractToolset, DynamicToolset, FunctionToolset, ToolsetTool
 from pydantic_graph import End
 from restate import RunOptions
 
@@ -48,7 +48,13 @@ from durable._errors import not_serializable
 from durable._identity import RunClock, current_run_clock
 from durable._names import output_function, run_start_time
 from durable._operation_backend import RestateOperationBackend, current_step, run_step
-from durable._options import DEFAULT_RUN_OPTIONS, StepOptions, check_run_options, tool_options
+from durable._options import (
+    DEFAULT_RUN_OPTIONS,
+    StepOptions,
+    check_run_options,
+    tool_faults,
+    tool_options,
+)
 from durable._outputs import OutputCodec, output_as_value, output_from_value
 from durable._sdk import DurableModel, check_sdk_version
 from durable._toolsets import RestateDynamicToolset, RestateMCPToolset
@@ -153,6 +159,9 @@ class RestateDurability(BaseDurabilityCapability[AgentDepsT]):
             "capability_run_options": capability_run_options,
         }
         check_run_options(options)
+        self._faults: list[str] | None = (
+            None  # what is wrong with the agent, while it is being bound
+        )
         self._step_options = {
             role: StepOptions(run=given or DEFAULT_RUN_OPTIONS) for role, given in options.items()
         }
@@ -342,9 +351,50 @@ class RestateDurability(BaseDurabilityCapability[AgentDepsT]):
         used = durable_ctx.usage - before
         step.usage = used if used.has_values() else None
 
+    # Construction: all that is wrong is said in one message
+
+    def _bind_for_agent(self, agent: AbstractAgent[AgentDepsT, Any]) -> Self:
+        try:
+            return super()._bind_for_agent(agent)
+        except UserError as error:
+            if self.name or agent.name:
+                raise
+            named = copy(self)
+            named.name = "unnamed"
+            try:
+                named._bind_for_agent(agent)
+            except UserError as other:
+                raise UserError(f"{error}\n{other}") from None
+            raise
+
     def _bind_to_agent(self, agent: AbstractAgent[AgentDepsT, Any]) -> None:
+        self._faults = faults = list[str]()
         super()._bind_to_agent(agent)
-        self._output_codec = OutputCodec(agent.output_type)
+        self._faults = None
+        try:
+            self._output_codec = OutputCodec(agent.output_type)
+        except UserError as error:
+            faults.append(str(error))
+        if faults:
+            raise UserError("\n".join(dict.fromkeys(faults)))
+
+    def _wrap_and_register_leaf(
+        self, ts: AbstractToolset[AgentDepsT]
+    ) -> AbstractToolset[AgentDepsT]:
+        faults: list[str] = []
+        if isinstance(ts, FunctionToolset):
+            for name, tool in ts.tools.items():
+                faults += tool_faults(name, (tool.metadata or {}).get("restate"))
+        if self._faults is None:
+            if faults:
+                raise UserError("\n".join(faults))
+            return super()._wrap_and_register_leaf(ts)
+        self._faults += faults
+        try:
+            return super()._wrap_and_register_leaf(ts)
+        except UserError as error:
+            self._faults.append(str(error))
+            return ts
 
     def get_durable_operation_backend(self) -> RestateOperationBackend:
         """Return the backend that turns this agent's operations into steps."""

@@ -149,7 +149,8 @@ async def run_step(
     if options.name is not None:
         name = renamed(name, options.name)
     if options.at_most_once:
-        body = await _declare(name, step, body)
+        body = await _declare(name, step, body, options)
+        options = replace(options, timeout=None)  # what `_declare` returned keeps to it
 
     async def journaled() -> bytes:
         began = _now()
@@ -208,9 +209,6 @@ class _Tries:
         self._failed.pop(step, None)
 
 
-_REMEMBERED = 10_000
-"""How many failing steps are counted at once."""
-
 _tries = _Tries()
 
 
@@ -261,12 +259,20 @@ def _stored(result: object, began: float, step: Step, name: str) -> bytes:
     return stored
 
 
-_declared: set[str] = set()
+_REMEMBERED = 10_000
+"""How many failing steps are counted at once, and how many declared ones are remembered."""
+
+_declared: dict[str, None] = {}
 """The keys of at-most-once steps that this process has declared and not begun."""
+
+_UNKNOWN = (
+    "its outcome is unknown: it may or may not have had its effect. It is not repeated. Check the outcome "
+    "before you try again."
+)
 
 
 async def _declare(
-    name: str, step: Step, body: Callable[[], Awaitable[object]]
+    name: str, step: Step, body: Callable[[], Awaitable[object]], options: StepOptions
 ) -> Callable[[], Awaitable[object]]:
     """Journal that `step` is about to begin, and return a body that begins at most once.
 
@@ -275,21 +281,27 @@ async def _declare(
     """
 
     async def declare() -> None:
-        _declared.add(step.key)
+        _declared[step.key] = None
+        if len(_declared) > _REMEMBERED:  # those of attempts that went on in another process
+            del _declared[next(iter(_declared))]
 
     await run_step(declaration(name), declare, StepOptions())
 
     async def at_most_once() -> object:
         if step.key not in _declared:
             raise ToolFailed(
-                "The call was begun, and then the worker was lost or the call's time was up, so its outcome "
-                "is unknown: it may or may not have had its effect. It is not repeated. Check the outcome "
-                "before you try again."
+                f"The worker was lost during the call, or before it began, so {_UNKNOWN}"
             )
-        _declared.remove(step.key)
+        del _declared[step.key]
+        limit = asyncio.timeout(options.timeout)
         try:
-            return await body()
+            async with limit:
+                return await body()
         except Exception as error:
+            if limit.expired():
+                raise ToolFailed(
+                    f"The call was given up after {options.timeout} seconds, so {_UNKNOWN}"
+                ) from error
             raise ToolFailed(f"The call failed and is not repeated. {describe(error)}") from error
 
     return at_most_once

@@ -17,16 +17,19 @@ DEFAULT_RUN_OPTIONS = RunOptions[Any](
 )
 """Retries of a step unless options say otherwise: with growing pauses, for ten minutes at most."""
 
-_RETRY_FIELDS = frozenset(
-    {
-        "max_attempts",
-        "max_duration",
-        "initial_retry_interval",
-        "max_retry_interval",
-        "retry_interval_factor",
-    }
-)
-_TOOL_FIELDS = frozenset({"timeout", "name", "at_most_once"})
+_NUMBER = (int, float)
+_RETRY_FIELDS: Mapping[str, type | tuple[type, ...]] = {
+    "max_attempts": int,
+    "max_duration": timedelta,
+    "initial_retry_interval": timedelta,
+    "max_retry_interval": timedelta,
+    "retry_interval_factor": _NUMBER,
+}
+_TOOL_FIELDS: Mapping[str, type | tuple[type, ...]] = {
+    "timeout": _NUMBER,
+    "name": str,
+    "at_most_once": bool,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,25 +65,56 @@ def tool_options(
         return base
     if own is False:
         return False
-    if not isinstance(own, dict):
-        raise UserError(
-            f'Tool {tool_name!r}: `metadata["restate"]` is a dict of options or `False`, '
-            f"not {type(own).__name__}."
-        )
+    if faults := tool_faults(tool_name, own):
+        raise UserError("\n".join(faults))
     given = cast("dict[str, Any]", own)
-    if unknown := sorted(given.keys() - _RETRY_FIELDS - _TOOL_FIELDS):
-        raise UserError(
-            f'Tool {tool_name!r}: unknown options in `metadata["restate"]`: {", ".join(unknown)}. '
-            f"Known are {', '.join(sorted(_RETRY_FIELDS | _TOOL_FIELDS))}."
-        )
     retries = {key: value for key, value in given.items() if key in _RETRY_FIELDS}
     own_options = {key: value for key, value in given.items() if key in _TOOL_FIELDS}
     return replace(base, run=replace(base.run, **retries), **own_options)
 
 
+def tool_faults(tool_name: str, own: object) -> list[str]:
+    """Say what is wrong with a tool's name and with its `metadata["restate"]`."""
+    faults: list[str] = []
+    if tool_name == "<lambda>":
+        faults.append(
+            "A lambda has no name that could identify its steps in the journal: give the tool one with "
+            "`Tool(function, name=...)`."
+        )
+    if own is None or own is False:
+        return faults
+    if not isinstance(own, dict):
+        faults.append(
+            f'Tool {tool_name!r}: `metadata["restate"]` is a dict of options or `False`, '
+            f"not {type(own).__name__}."
+        )
+        return faults
+    given, known = cast("dict[str, Any]", own), {**_RETRY_FIELDS, **_TOOL_FIELDS}
+    if unknown := sorted(given.keys() - known):
+        faults.append(
+            f'Tool {tool_name!r}: unknown options in `metadata["restate"]`: {", ".join(unknown)}. '
+            f"Known are {', '.join(sorted(known))}."
+        )
+    for key in sorted(given.keys() & known):
+        value, kinds = given[key], known[key]
+        if value is not None and not isinstance(value, kinds):
+            name = "a number" if kinds is _NUMBER else f"`{cast(type, kinds).__name__}`"
+            faults.append(
+                f'Tool {tool_name!r}: `{key}` in `metadata["restate"]` takes {name}, not {value!r}.'
+            )
+    return faults
+
+
 def check_run_options(options: Mapping[str, RunOptions[Any] | None]) -> None:
     """Reject what would be ignored, all of it in one message."""
     defaults = RunOptions[Any]()
+    faults = [
+        f"`{key}` is a {type(value).__name__} and not `restate.RunOptions`"
+        for key, value in options.items()
+        if value is not None and not isinstance(value, RunOptions)  # pyright: ignore[reportUnnecessaryIsInstance]
+    ]
+    if faults:
+        raise UserError(f"{'; '.join(faults)}: give `restate.RunOptions(max_attempts=3)`.")
     faults = [
         f"`{key}` sets `{field.name}`"
         for key, value in options.items()

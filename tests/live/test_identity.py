@@ -231,6 +231,24 @@ async def test_at_most_once_tools_run_once(server: RestateServer) -> None:
     assert done == {"fire": 1, "misfire": 1}
 
 
+async def test_an_at_most_once_tool_whose_time_is_up(server: RestateServer) -> None:
+    """The model is told at once that the call was given up, and not that a worker was lost."""
+    began: list[None] = []
+    agent = Agent(TestModel(), name="late", capabilities=[durable.RestateDurability()])
+    service = agent_service("Late", agent)
+
+    @agent.tool_plain(metadata={"restate": {"at_most_once": True, "timeout": 0.1}})
+    async def fire() -> None:
+        began.append(None)
+        await asyncio.sleep(10)
+
+    async with hosted(server, service) as ingress:
+        output = await ingress.call("Late/run")
+        assert "given up after 0.1 seconds, so its outcome is unknown" in output
+        assert await ingress.retries("Late") == 0
+    assert len(began) == 1
+
+
 async def test_tool_options(server: RestateServer) -> None:
     """A time limit and a name for one tool."""
     agent = Agent(TestModel(), name="opts", capabilities=[durable.RestateDurability()])

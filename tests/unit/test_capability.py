@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import restate
-from pydantic_ai import Agent, RunContext
+from pydantic_ai import Agent, FunctionToolset, RunContext, Tool
 from pydantic_ai.exceptions import UserError
 from pydantic_ai.models.test import TestModel
 from pydantic_ai.toolsets import ToolsetTool
@@ -16,6 +16,7 @@ from restate.serde import BytesSerde
 import durable
 from durable._context import current_invocation
 from durable._options import StepOptions, tool_options
+from durable.testing import InMemoryInvocation
 
 BASE = StepOptions(run=durable.DEFAULT_RUN_OPTIONS)
 
@@ -81,13 +82,67 @@ async def test_tool_metadata_overrides_single_options() -> None:
     [
         ({"max_atempts": 3}, "unknown options .* max_atempts"),
         ("no", "is a dict of options or `False`, not str"),
+        ({"timeout": "soon"}, "`timeout` .* takes a number, not 'soon'"),
+        ({"max_duration": 3}, "`max_duration` .* takes `timedelta`, not 3"),
     ],
 )
 async def test_wrong_tool_metadata(metadata: Any, message: str) -> None:
-    """The message names the tool and what is known."""
-    tool = await tool_of(agent_with(metadata))
+    """The message names the tool and what is known, before the model is asked anything."""
+    agent = agent_with(metadata)
     with pytest.raises(UserError, match=message):
-        tool_options(tool, "tool", base=BASE)
+        tool_options(await tool_of(agent), "tool", base=BASE)
+    service = restate.Service("Wrong")
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> None:
+        await agent.run("go")
+
+    invocation = InMemoryInvocation(run)
+    with pytest.raises(restate.TerminalError, match=message):
+        await invocation.run()
+    assert not invocation.stored
+
+
+def test_all_faults_of_an_agent_are_in_one_message() -> None:
+    """What is known when the agent is made is said then: name, toolsets, tools, output functions."""
+
+    def tool() -> str:
+        return "ok"
+
+    def send(to: str):
+        return to
+
+    with pytest.raises(UserError) as error:
+        Agent(
+            TestModel(),
+            output_type=send,
+            tools=[Tool(tool, metadata={"restate": {"retries": 3}}), lambda: "ok"],
+            toolsets=[
+                FunctionToolset([tool]),
+                FunctionToolset([Tool(tool, name="no")], id="again"),
+            ],
+            capabilities=[durable.RestateDurability()],
+        )
+    message = str(error.value)
+    assert "unique `name`" in message
+    assert "Tool 'tool': unknown options" in message
+    assert "A lambda has no name" in message
+    assert "`FunctionToolset(id=...)`" in message
+    assert "`send` has no return annotation" in message
+
+
+def test_toolsets_of_one_id_are_refused() -> None:
+    """Their steps could not be told apart."""
+    toolsets = [FunctionToolset[object](id="same") for _ in range(2)]
+    with pytest.raises(UserError, match="Two toolsets have the same `id` 'same'"):
+        Agent(TestModel(), name="a", toolsets=toolsets, capabilities=[durable.RestateDurability()])
+
+
+def test_options_of_a_wrong_type() -> None:
+    """A dict looks like options, so the message says what to give instead."""
+    wrong: Any = {"max_attempts": 3}
+    with pytest.raises(UserError, match="`model_run_options` is a dict and not"):
+        durable.RestateDurability(model_run_options=wrong)
 
 
 def test_another_sdk_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
