@@ -11,9 +11,16 @@ spans lie under the tool call, and it is cancelled with the run that waits for i
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Generic, TypeVar, cast
+from typing import Annotated, Any, Generic, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic_ai import format_as_xml
 from pydantic_ai.agent import AbstractAgent
 from pydantic_ai.exceptions import AgentRunError, ModelRetry, ToolFailed, UserError
@@ -34,6 +41,19 @@ from durable._sdk import Handler, TypeHint, types_from_output_spec
 
 InputT = TypeVar("InputT")
 OutputT = TypeVar("OutputT")
+
+MAX_PROMPT = 8 * 2**20
+"""Characters in a prompt, unless `agent_service` has an `input_type`."""
+
+
+def _says_something(prompt: str) -> str:
+    if not prompt.strip():
+        raise ValueError("the prompt is empty")
+    return prompt
+
+
+Prompt = Annotated[str, Field(max_length=MAX_PROMPT), AfterValidator(_says_something)]
+"""What an agent takes unless something else is said."""
 
 _ARGUMENTS = SchemaValidator(core_schema.dict_schema(core_schema.str_schema()))
 
@@ -83,7 +103,7 @@ class AgentService(Service, Generic[InputT, OutputT]):
         async def delegate(ctx: Context, delegation: _Delegation) -> _Delivery:
             before = delegation.usage
             usage = RunUsage() + before
-            input = self.input.validate_python(delegation.input)
+            input = self.input.validate_json(to_json(delegation.input))
             result = await self._run(ctx, input, usage=usage, usage_limits=delegation.limits)
             return _Delivery(output=result.output, used=usage - before)
 
@@ -122,7 +142,7 @@ def agent_service(
     agent: AbstractAgent[Any, OutputT],
     *,
     name: str | None = None,
-    input_type: Any = str,
+    input_type: Any = Prompt,
     prompt: Callable[[Any], str | Sequence[UserContent]] | None = None,
     deps: Callable[[Context, Any], Any] | None = None,
     **options: Any,
@@ -143,7 +163,8 @@ def agent_service(
     Args:
         agent: An agent with a name and the capability `RestateDurability`.
         name: The service's name, default the agent's.
-        input_type: What `run` takes: the prompt, or any type that Pydantic can validate.
+        input_type: What `run` takes: any type that Pydantic can validate, by default the prompt, which must not be
+            empty.
         prompt: Makes the prompt from the input. By default an input that is no text is formatted as XML.
         deps: Makes the agent's dependencies, from the handler's context and the input. It is called in handler code:
             on each replay.
@@ -261,8 +282,8 @@ class AgentToolset(AbstractToolset[AgentDepsT]):
         """
         service = self._services[name]
         try:
-            input = service.input.validate_python(
-                tool_args if _is_object(service) else tool_args.get("prompt")
+            input = service.input.validate_json(
+                to_json(tool_args if _is_object(service) else tool_args.get("prompt"))
             )
         except ValidationError as error:
             problems = error.errors(include_url=False, include_context=False)

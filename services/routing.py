@@ -23,12 +23,14 @@ EXAMPLE_TICKETS = [
     "takes hours, and we need it every month.",
 ]
 
+Ticket = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=4000)]
+
 hosted_specialists = {
-    team: durable.agent_service(specialist, name=f"{team.capitalize()}SpecialistService")
+    team: durable.agent_service(
+        specialist, name=f"{team.capitalize()}SpecialistService", input_type=Ticket
+    )
     for team, specialist in specialists.items()
 }
-
-Ticket = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=4000)]
 
 routing = restate.Service(
     "RoutingService",

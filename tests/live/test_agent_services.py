@@ -2,11 +2,12 @@
 
 import asyncio
 from collections.abc import Callable
+from datetime import date
 from typing import Any
 
 import pytest
 import restate
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from pydantic_ai import Agent, RunContext
 from pydantic_ai.exceptions import UsageLimitExceeded
 from pydantic_ai.models.function import FunctionModel
@@ -80,6 +81,42 @@ async def test_a_prompt_is_the_default_input(server: RestateServer) -> None:
     )
     async with hosted(server, durable.agent_service(agent, name="Poetry")) as ingress:
         assert await ingress.call("Poetry/run", "spring") == "a haiku"
+
+
+async def test_prompts_that_say_nothing_or_too_much(server: RestateServer) -> None:
+    """They are refused at once; no model is asked."""
+    agent = Agent(script(), name="poet", capabilities=[durable.RestateDurability()])
+    async with hosted(server, durable.agent_service(agent, name="Silence")) as ingress:
+        for prompt, status, message in [
+            ("", 400, "the prompt is empty"),
+            (" \n", 400, "the prompt is empty"),
+            ("a" * (8 * 2**20 + 1), 413, "at most 8388608 characters"),
+        ]:
+            refused = await ingress.post("Silence/run", prompt)
+            assert refused.status_code == status
+            assert message in refused.json()["message"]
+    assert done == {}
+
+
+async def test_strict_types_of_delegates(server: RestateServer) -> None:
+    """What a model says is JSON: where that has no type of its own, as dates have none, text is what fits."""
+
+    class Day(BaseModel):
+        model_config = ConfigDict(strict=True)
+
+        day: date
+
+    forecaster = Agent(
+        TestModel(custom_output_text="rain"),
+        name="forecaster",
+        capabilities=[durable.RestateDurability()],
+    )
+    forecast = durable.agent_service(forecaster, input_type=Day)
+    model = script([call("forecaster", day="2026-12-01")])
+    boss = durable.agent_service(editor(model, forecast), name="StrictBoss")
+    async with hosted(server, forecast, boss) as ingress:
+        assert await ingress.call("StrictBoss/run", "go") == "forecaster=rain"
+    assert done == {"model": 2}
 
 
 async def test_dependencies_and_prompts(server: RestateServer) -> None:

@@ -131,6 +131,7 @@ async def test_an_idempotency_key_executes_once(app: App, path: str, requests: i
         ("RoutingService", b'{"ticket": null}', "`ticket`"),
         ("RoutingService", b'{"ticket": ""}', "`ticket`"),
         ("RoutingService", b'{"ticket": "help", "team": "billing"}', "`team`"),
+        ("BillingSpecialistService", b'" "', "at least 1 character"),
     ],
 )
 async def test_bad_input_is_named_at_once(app: App, service: str, body: bytes, names: str) -> None:
