@@ -199,7 +199,8 @@ class OnlineEvaluation(PlainOnlineEvaluation[AgentDepsT]):
         invocation = current_invocation()
         if invocation is None:
             return await super().wrap_run(ctx, handler=handler)
-        if self.name not in invocation.services:
+        # without a name it is a test in memory
+        if invocation.services and self.name not in invocation.services:
             raise UserError(
                 f"`OnlineEvaluation` evaluates in the service {self.name!r}, which this app does not host. Add it: "
                 "`durable.app([..., evaluation.service])`."
@@ -584,7 +585,7 @@ def _watched(evaluator: Any, raised: list[Exception]) -> Any:
             raised.append(error)
             raise
 
-    object.__setattr__(watched, "evaluate_async", evaluate_async)  # it may be frozen
+    watched.evaluate_async = evaluate_async
     return watched
 
 
