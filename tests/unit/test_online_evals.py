@@ -55,6 +55,25 @@ async def test_runs_that_are_not_sampled(config: dict[str, Any]) -> None:
     assert [entry.name for entry in invocation.stored] == ["poet__model.request"]
 
 
+async def test_replays_decide_alike() -> None:
+    evaluation = OnlineEvaluation(
+        evaluators=[OnlineEvaluator(evaluator=Fine(), sample_rate=0.5)],
+    )
+    agent = Agent(TestModel(), name="poet", capabilities=[durable.RestateDurability(), evaluation])
+    service = restate.Service("Poets")
+
+    @service.handler()
+    async def write(ctx: restate.Context) -> None:
+        for _ in range(20):
+            await agent.run("spring")
+
+    invocation = InMemoryInvocation(write)
+    await invocation.run()
+    assert 0 < [entry.name for entry in invocation.stored].count("OnlineEvaluation/evaluate") < 20
+    for _ in range(3):
+        await invocation.replay()
+
+
 @pytest.mark.parametrize(("mode", "both"), [("independent", 0.09), ("correlated", 0.3)])
 def test_sampling(mode: SamplingMode, both: float) -> None:
     """Shares are what was asked for; correlated, the runs of the lower rate are among those of the higher."""
