@@ -63,6 +63,16 @@ asyncio.run(main())
 """
 
 
+ONLINE = """
+try:
+    from durable.evals import OnlineEvaluation
+except ImportError as error:
+    print(error)
+else:
+    print(OnlineEvaluation(evaluators=[]))
+"""
+
+
 def run(*command: str | Path, cwd: Path) -> str:
     """Run a command that must succeed, and return what it printed."""
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=150)
@@ -89,3 +99,12 @@ def test_the_wheel_runs_a_durable_agent(tmp_path: Path) -> None:
     (tmp_path / "app.py").write_text(APP)
     (tmp_path / "main.py").write_text(MAIN)
     assert run(python, "main.py", cwd=tmp_path).splitlines()[-2:] == ['{"look":"seen"}', "3"]
+
+    (tmp_path / "online.py").write_text(ONLINE)
+    assert "pip install 'pydantic-ai-restate[evals]'" in run(python, "online.py", cwd=tmp_path)
+    # without its dependencies: of its releases, each wants a pydantic-ai of its own number
+    run(
+        *uv, "pip", "install", "--python", python, "--constraint", constraints, "--no-deps",
+        "pydantic-evals", "pyyaml", cwd=tmp_path,
+    )  # fmt: skip
+    assert "OnlineEvaluation" in run(python, "online.py", cwd=tmp_path)

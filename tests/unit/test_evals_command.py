@@ -45,6 +45,9 @@ def test_below_the_threshold(
     monkeypatch.setattr(command, "_thresholds", lambda: {"default": 1.1})
     assert main(["routing", "--model", "reference", "--data", str(tmp_path)]) == 1
     assert "routing scored 100.0%, below 110%" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert main(["routing", "--model", "sloppy", "--data", str(tmp_path)]) == 1
+    assert "routing scored 56.0%, below 90%" in capsys.readouterr().out
 
 
 def test_committed_reports() -> None:
@@ -113,6 +116,7 @@ def test_an_experiment_that_was_begun_with_something_else(
         (["--experiment", "a b"], "letters, digits, hyphens"),
         (["--ingress", "http://127.0.0.1:1"], "--ingress needs --via ingress"),
         (["--model", "reference", "--via", "ingress"], "the reference model has no server"),
+        (["--model", "sloppy", "--via", "ingress"], "the sloppy model has no server"),
     ],
 )
 def test_wrong_arguments(
