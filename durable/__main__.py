@@ -1,4 +1,4 @@
-"""The command line: `durable dev`, `server` and `serve`, `durable runs`, `watch` and `export-case`."""
+"""The command line: `durable dev`, `server` and `serve`; `durable runs`, `watch`, `trace` and `export-case`."""
 
 import argparse
 import sys
@@ -8,9 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
-from durable._dev import ServerOptions, run_dev, run_server, until_interrupted
+from durable._dev import ServerOptions, run_dev, run_server, spans_file, until_interrupted
 from durable._process import ProcessError
 from durable._runs import ADMIN_URL, admin_client, list_runs, watch
+from durable._trace import show_trace
 from durable.client import ClientError, Handle, RejectedInput, SyncClient
 from durable.worker import EXIT_NO_APP, AppNotFoundError, serve
 
@@ -35,8 +36,17 @@ def _run(options: argparse.Namespace) -> int:
             if options.command == "export-case":
                 return _export_case(client, options)
             list_runs(client, service=options.service, status=options.status, limit=options.limit)
+    elif options.command == "trace":
+        show_trace(
+            Handle.parse(options.id),
+            admin_url=options.admin,
+            spans=spans_file(options.data),
+            journal=options.journal,
+            full=options.full,
+            svg=options.svg,
+        )
     elif options.command == "serve":
-        serve(options.app, port=options.port)
+        serve(options.app, port=options.port, otlp_endpoint=options.otlp_endpoint)
     else:
         _run_server(options)
     return 0
@@ -63,7 +73,10 @@ def _run_server(options: argparse.Namespace) -> None:
     if options.command == "server":
         until_interrupted(run_server(server))
     else:
-        until_interrupted(run_dev(options.app, server, port=options.port, reload=options.reload))
+        dev = run_dev(
+            options.app, server, data=options.data, port=options.port, reload=options.reload
+        )
+        until_interrupted(dev)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,9 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         parents=[app, server],
         help="server with persistent data, worker with reload, registered",
     )
-    dev.add_argument(
-        "--data", type=Path, metavar="DIR", default=Path(".durable"), help="default: .durable"
-    )
+    dev.add_argument("--data", **_DEV_DATA)
     dev.add_argument("--port", type=_port, metavar="N", help="default: 9080, or a free one")
     dev.add_argument(
         "--no-reload", dest="reload", action="store_false", help="do not watch for changes"
@@ -102,6 +113,11 @@ def _parser() -> argparse.ArgumentParser:
 
     worker = commands.add_parser("serve", parents=[app], help="serve an application over HTTP/2")
     worker.add_argument("--port", type=_port, metavar="N", default=9080, help="default: 9080")
+    worker.add_argument(
+        "--otlp-endpoint",
+        metavar="URL",
+        help="send spans to this collector, beside what the application has set up",
+    )
 
     _add_client_commands(commands)
     return parser
@@ -128,6 +144,24 @@ def _add_client_commands(commands: Any) -> None:
     case.add_argument("id", metavar="ID", help="the invocation's id")
     case.add_argument("--to", type=Path, metavar="FILE", help="append it to this dataset, in YAML")
     case.add_argument("--name", metavar="NAME", help="the case's name; default: `run-…`, of the id")
+    trace = commands.add_parser(
+        "trace", parents=[admin], help="print a run as a tree: what it did, when, and for how long"
+    )
+    trace.add_argument("id", metavar="ID", help="the invocation's id")
+    trace.add_argument("--data", **_DEV_DATA)
+    trace.add_argument(
+        "--journal", action="store_true", help="from the journal, also where there are spans"
+    )
+    trace.add_argument("--full", action="store_true", help="arguments and results as a whole")
+    trace.add_argument("--svg", type=Path, metavar="FILE", help="draw the tree as a picture too")
+
+
+_DEV_DATA: dict[str, Any] = {
+    "type": Path,
+    "metavar": "DIR",
+    "default": Path(".durable"),
+    "help": "where `durable dev` keeps its data; default: .durable",
+}
 
 
 def _port(text: str) -> int:

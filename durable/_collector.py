@@ -197,10 +197,25 @@ class Collector:
 
 def read_spans(file: Path) -> Iterator[Span]:
     """Return the spans that a collector has put into `file`, in the order of arrival."""
+    for lines in _parts(file):
+        yield from map(_SPAN.validate_json, lines)
+
+
+def _parts(file: Path) -> Iterator[list[bytes]]:
     for part in (_before(file), file):
         if part.exists():
             *lines, _unfinished = part.read_bytes().split(b"\n")
-            yield from map(_SPAN.validate_json, lines)
+            yield lines
+
+
+def spans_of(file: Path, attribute: str, value: str) -> list[Span]:
+    """Return the spans of the traces in which a span has `attribute` with `value`."""
+    lines = [line for part in _parts(file) for line in part]
+    sought = to_json(value)
+    found = (_SPAN.validate_json(line) for line in lines if sought in line)
+    traces = {to_json(it.trace_id) for it in found if it.attributes.get(attribute) == value}
+    # of all that is in the file, only those are read as spans
+    return [_SPAN.validate_json(line) for line in lines if any(it in line for it in traces)]
 
 
 def latest(spans: Iterable[Span]) -> list[Span]:

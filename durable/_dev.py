@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from watchfiles import PythonFilter, awatch  # pyright: ignore[reportUnknownVariableType]
 
+from durable._collector import Collector
 from durable._curl import curl
 from durable._process import ProcessError, ServerError, WorkerError, why_not_free
 from durable.server import VERSION, RestateServer
@@ -39,10 +40,11 @@ class ServerOptions:
     always_replay: bool = False
     """Whether each wait suspends the invocation."""
 
-    def server(self) -> RestateServer:
-        """Return the server with these options."""
+    def server(self, env: Mapping[str, str] | None = None) -> RestateServer:
+        """Return the server with these options, and with settings from `env`."""
         return RestateServer(
             data_dir=self.data,
+            env=env,
             ingress_port=self.ingress_port or _if_free(INGRESS_PORT),
             admin_port=self.admin_port or _if_free(ADMIN_PORT),
             always_replay=self.always_replay,
@@ -68,30 +70,49 @@ async def run_server(options: ServerOptions) -> None:
             _check(server)
 
 
-async def run_dev(app: str, options: ServerOptions, *, port: int | None, reload: bool) -> None:
+async def run_dev(
+    app: str, options: ServerOptions, *, data: Path, port: int | None, reload: bool
+) -> None:
     """Run the server and the worker for `app`, restarting the worker when code changes.
+
+    The spans of both are collected in `data`, where `durable trace` finds them.
 
     Raises:
         ServerError: When the server does not start, or ends by itself.
         WorkerError: When the worker does not start and no change of the code could mend that.
     """
     console = _console()
-    async with options.server() as server:
-        _print_addresses(console, server)
-        worker = Worker(
-            app,
-            # The same at each start: invocations that wait in the data belong to the worker's address.
-            port=port or _if_free(WORKER_PORT),
-            # For the commands that the app prints.
-            env={"RESTATE_INGRESS_URL": os.environ.get("RESTATE_INGRESS_URL", server.ingress_url)},
-        )
-        development = _Development(console=console, server=server, worker=worker)
-        try:
-            if not await development.bring_up() and (not reload or not _mendable(worker)):
-                raise WorkerError(f"`durable dev {app}` could not start: see above.")
-            await (development.follow_changes() if reload else development.watch_over())
-        finally:
-            await worker.stop(grace=1.0)
+    with Collector(spans_file(data)) as collector:
+        tracing = {"RESTATE_TRACING_ENDPOINT": collector.url}
+        async with options.server(None if _traces_elsewhere() else tracing) as server:
+            _print_addresses(console, server, spans=collector.file)
+            worker = Worker(
+                app,
+                # The same at each start: invocations that wait in the data belong to the worker's address.
+                port=port or _if_free(WORKER_PORT),
+                # For the commands that the app prints.
+                env={
+                    "RESTATE_INGRESS_URL": os.environ.get("RESTATE_INGRESS_URL", server.ingress_url)
+                },
+                otlp_endpoint=collector.url,
+            )
+            development = _Development(console=console, server=server, worker=worker)
+            try:
+                if not await development.bring_up() and (not reload or not _mendable(worker)):
+                    raise WorkerError(f"`durable dev {app}` could not start: see above.")
+                await (development.follow_changes() if reload else development.watch_over())
+            finally:
+                await worker.stop(grace=1.0)
+
+
+def spans_file(data: Path) -> Path:
+    """Return where `durable dev` collects spans."""
+    return data / "spans.jsonl"
+
+
+def _traces_elsewhere() -> bool:
+    """Whether the environment sends restate-server's spans somewhere."""
+    return any(name.startswith("RESTATE_TRACING_") for name in os.environ)
 
 
 class _Development:
@@ -193,15 +214,17 @@ def _check(server: RestateServer) -> None:
         raise ServerError(f"restate-server ended by itself; its log is {server.log_file}.")
 
 
-def _print_addresses(console: Console, server: RestateServer) -> None:
+def _print_addresses(console: Console, server: RestateServer, *, spans: Path | None = None) -> None:
     console.print(f"restate-server {VERSION}", style="bold")
     for name, value in (
         ("ingress", server.ingress_url),
         ("admin", server.admin_url),
         ("UI", server.ui_url),
         ("log", server.log_file),
+        ("spans", spans and f"{spans}, shown by: durable trace INVOCATION"),
     ):
-        console.print(f"  {name:<8} {value}", markup=False)
+        if value is not None:
+            console.print(f"  {name:<8} {value}", markup=False)
 
 
 def _describe(services: Sequence[Mapping[str, Any]], *, ingress_url: str) -> Iterator[str]:

@@ -1,11 +1,21 @@
-"""`durable.configure_logfire`: the one line for Logfire."""
+"""`durable.configure_logfire`, the one line for Logfire, and where `durable dev` gets its spans from."""
 
 from typing import Any
 
 import logfire
+from opentelemetry import trace
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.trace import SynchronousMultiSpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from pydantic_ai.exceptions import UserError
 
-from durable._sdk import agents_are_instrumented, logfire_is_configured
+from durable._sdk import (
+    PendingSpanProcessor,
+    agents_are_instrumented,
+    logfire_is_configured,
+    scrubbed,
+)
 
 
 def configure_logfire(**options: Any) -> None:
@@ -35,3 +45,27 @@ def configure_logfire(**options: Any) -> None:
         )
     if not agents_are_instrumented():
         logfire.instrument_pydantic_ai()
+
+
+def send_spans_to(endpoint: str) -> None:
+    """Send the program's spans to `endpoint` too, each when it begins and when it ends.
+
+    A program that has set up tracing keeps it as it is: what it records, with what Logfire scrubs, comes here
+    as well. For one that has set up none, agents are instrumented, and nothing goes anywhere else.
+
+    Args:
+        endpoint: A collector's address, as in `OTEL_EXPORTER_OTLP_ENDPOINT`.
+    """
+    if not logfire_is_configured() and not isinstance(trace.get_tracer_provider(), TracerProvider):
+        configure_logfire(send_to_logfire=False, console=False)
+    exported = BatchSpanProcessor(
+        OTLPSpanExporter(f"{endpoint}/v1/traces"), schedule_delay_millis=_DELAY
+    )
+    both = SynchronousMultiSpanProcessor()
+    both.add_span_processor(exported)
+    both.add_span_processor(PendingSpanProcessor(RandomIdGenerator(), exported))
+    provider: Any = trace.get_tracer_provider()
+    provider.add_span_processor(scrubbed(both))
+
+
+_DELAY = 100  # milliseconds, so that a worker that is killed loses little

@@ -55,13 +55,13 @@ def list_runs(client: SyncClient, *, service: str | None, status: str | None, li
             _seconds(it.created_at, it.completed_at),
             Text(it.failure or it.last_failure or ""),
         )
-    console = _console()
+    console = program_console()
     console.print(table if table.rows else "No invocation fits.")
 
 
 def watch(client: SyncClient, handle: Handle[object]) -> bool:
     """Show the steps of a run until it ends; return whether it ended well."""
-    console = _console()
+    console = program_console()
     with Live(console=console, vertical_overflow="visible") as live:
         while True:
             invocation, steps = client.status(handle), client.steps(handle)
@@ -88,10 +88,16 @@ def _view(invocation: Invocation, steps: Sequence[Step], *, left_out: int) -> Re
         style = _STYLES[step.status]
         took = _seconds(step.started_at, step.ended_at)
         table.add_row(Text(step.name), Text(step.status, style), took)
+    head, *failure = headline(invocation)
+    return Group(head, table, *failure)
+
+
+def headline(invocation: Invocation) -> list[Text]:
+    """Return the line about an invocation, and the one about its failure, if it has any."""
     head = Text.assemble((invocation.target, "bold"), "  ", _status(invocation), "  ")
     head.append(_seconds(invocation.created_at, invocation.completed_at))
     failure = invocation.failure or invocation.last_failure
-    return Group(head, table, *([Text(failure, "red")] if failure else []))
+    return [head, *([Text(failure, "red")] if failure else [])]
 
 
 def _status(invocation: Invocation) -> Text:
@@ -105,8 +111,9 @@ def _seconds(since: datetime, until: datetime | None) -> str:
     return f"{took:.1f} s"
 
 
-def _console() -> Console:
-    console = Console(highlight=False)
+def program_console(*, record: bool = False) -> Console:
+    """Return what to print on: as wide as the terminal, or for programs that read it very wide."""
+    console = Console(highlight=False, record=record)
     if not console.is_terminal:
-        console.width = 240  # for programs that read it
+        console.width = 240
     return console

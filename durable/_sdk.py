@@ -26,7 +26,9 @@ from typing import Any, cast
 
 from anyio._backends._asyncio import CancelScope
 from logfire import DEFAULT_LOGFIRE_INSTANCE
+from logfire._internal.exporters.processor_wrapper import MainSpanProcessorWrapper
 from logfire._internal.tracer import PendingSpanProcessor
+from opentelemetry.sdk.trace import SpanProcessor
 from pydantic_ai import Agent
 from pydantic_ai import _utils as _pydantic_ai_utils
 from pydantic_ai._output import types_from_output_spec
@@ -76,6 +78,11 @@ def check_sdk_version() -> None:
 def logfire_is_configured() -> bool:
     """Return whether the program has called `logfire.configure()`."""
     return DEFAULT_LOGFIRE_INSTANCE.config._initialized  # pyright: ignore[reportPrivateUsage]
+
+
+def scrubbed(processor: SpanProcessor) -> SpanProcessor:
+    """Give `processor` its spans as the program's Logfire sends them: without what it scrubs."""
+    return MainSpanProcessorWrapper(processor, DEFAULT_LOGFIRE_INSTANCE.config.scrubber)
 
 
 def agents_are_instrumented() -> bool:
@@ -128,5 +135,6 @@ __all__ = [
     "logfire_is_configured",
     "process_invocation_to_completion",
     "redeliver_cancellation",
+    "scrubbed",
     "types_from_output_spec",
 ]

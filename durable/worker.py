@@ -16,6 +16,7 @@ from hypercorn.asyncio import serve as serve_asgi  # pyright: ignore[reportUnkno
 from hypercorn.config import Config
 from restate.server import install_shutdown_hook
 
+from durable._logfire import send_spans_to
 from durable._process import (
     HOST,
     ChildProcess,
@@ -41,6 +42,7 @@ class Worker:
         port: The port on loopback, by default a free one.
         cwd: The directory to import the module from, by default the current one.
         env: More environment variables for the process.
+        otlp_endpoint: A collector that gets the application's spans too.
         log_file: Where its output is appended, by default the output of this process.
         start_timeout: How many seconds it may take until it answers.
     """
@@ -55,6 +57,7 @@ class Worker:
         port: int | None = None,
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
+        otlp_endpoint: str | None = None,
         log_file: Path | None = None,
         start_timeout: float = 60.0,
     ) -> None:
@@ -62,6 +65,7 @@ class Worker:
         self._port = port
         self._cwd = cwd
         self._env = dict(env or {})
+        self._otlp_endpoint = otlp_endpoint
         self._start_timeout = start_timeout
         self._process = ChildProcess(
             f"the worker for {app!r}", error=WorkerError, log_file=log_file and log_file.absolute()
@@ -120,8 +124,9 @@ class Worker:
         port = self._port
         _require_free(port)
         self.url = f"http://{HOST}:{port}"
+        spans = [] if self._otlp_endpoint is None else ["--otlp-endpoint", self._otlp_endpoint]
         return self._process.starting(
-            [sys.executable, "-m", "durable", "serve", self._app, "--port", str(port)],
+            [sys.executable, "-m", "durable", "serve", self._app, "--port", str(port), *spans],
             env={**os.environ, **self._env},
             cwd=self._cwd,
             ready=lambda: http_status(port, "/health") is not None,
@@ -134,12 +139,13 @@ class AppNotFoundError(WorkerError):
     """`MODULE:APP` does not name an application."""
 
 
-def serve(app: str, *, port: int) -> None:
+def serve(app: str, *, port: int, otlp_endpoint: str | None = None) -> None:
     """Serve `MODULE:APP` on loopback in this process, until SIGINT or SIGTERM.
 
     Args:
         app: What to serve, as `module:attribute`.
         port: The port.
+        otlp_endpoint: A collector that gets the application's spans, beside what the application has set up.
 
     Raises:
         AppNotFoundError: When `app` does not name an ASGI application.
@@ -156,7 +162,10 @@ def serve(app: str, *, port: int) -> None:
     config.keep_alive_max_requests = unlimited
     config.keep_alive_timeout = unlimited
     config.graceful_timeout = 3.0
-    asyncio.run(_serve(load_app(app), config))
+    served = load_app(app)
+    if otlp_endpoint is not None:
+        send_spans_to(otlp_endpoint)
+    asyncio.run(_serve(served, config))
 
 
 def _require_free(port: int) -> None:

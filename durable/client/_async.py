@@ -278,6 +278,17 @@ class Client:
         """
         return await self._do(self._operations.payloads(handle))
 
+    async def query(self, sql: str) -> list[dict[str, Any]]:
+        """Return rows of the server's tables, such as `sys_invocation` and `sys_journal`.
+
+        Args:
+            sql: A query, as Restate's documentation of its introspection has them.
+
+        Raises:
+            RejectedInput: When the server does not understand it.
+        """
+        return await self._do(self._operations.query(sql))
+
     async def progress(
         self, handle: Handle[Any], *, interval: timedelta = timedelta(seconds=0.5)
     ) -> AsyncGenerator[Step]:

@@ -170,6 +170,10 @@ class SyncClient:
         """Return what a run that has ended well was given and what it returned, from its journal."""
         return self._do(self._operations.payloads(handle))
 
+    def query(self, sql: str) -> list[dict[str, Any]]:
+        """Return rows of the server's tables, as `Client.query` does."""
+        return self._do(self._operations.query(sql))
+
     def progress(
         self, handle: Handle[Any], *, interval: timedelta = timedelta(seconds=0.5)
     ) -> Generator[Step]:

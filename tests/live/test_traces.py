@@ -70,6 +70,18 @@ class Traced:
                 await asyncio.sleep(0.02)
         return (self.folder / "begun").read_text()
 
+    async def waits(self) -> str:
+        """Wait until the only run under way waits for an awakeable, no step with it, and return its name."""
+        awakeable = await self.begun()
+        steps = (
+            "SELECT entry_type FROM sys_journal WHERE entry_type IN ('Command: Run', 'Notification: Run') "
+            "AND id IN (SELECT id FROM sys_invocation WHERE status != 'completed')"
+        )
+        await self.ingress.until(
+            steps, lambda rows: len(set(Counter(it["entry_type"] for it in rows).values())) == 1
+        )
+        return awakeable
+
     async def until(self, fact: Callable[[list[Span]], bool]) -> list[Span]:
         """Wait until `fact` holds for what was collected: not every exporter sends at once."""
         async with asyncio.timeout(30):
@@ -243,7 +255,7 @@ async def test_the_worker_is_killed_between_steps(traced: Traced) -> None:
     """What the first process did is not told again by the second, and what it could not tell is."""
     async with traced.registered("first") as worker:
         run = asyncio.create_task(traced.ingress.call("Traced/between"))
-        awakeable = await traced.begun()
+        awakeable = await traced.waits()
         worker.kill()
         before = tree(traced.spans())
     async with traced.registered("second"):
@@ -380,7 +392,7 @@ async def test_a_killed_process_loses_what_its_exporter_has_not_sent(traced: Tra
         "first", TRACED_PROCESSORS="batch", OTEL_BSP_SCHEDULE_DELAY="3600000"
     ) as worker:
         run = asyncio.create_task(traced.ingress.call("Traced/between"))
-        awakeable = await traced.begun()
+        awakeable = await traced.waits()
         worker.kill()
     async with traced.registered("second", TRACED_PROCESSORS="batch", OTEL_BSP_SCHEDULE_DELAY="50"):
         await traced.ingress.post(f"restate/awakeables/{awakeable}/resolve", "go")
@@ -390,7 +402,6 @@ async def test_a_killed_process_loses_what_its_exporter_has_not_sent(traced: Tra
     assert tree(spans) == expected("""\
 Traced/between
   invoke_agent between
-    chat model
     execute_tool wait
       awakeable
     chat model
@@ -399,7 +410,7 @@ Traced/between
     chat model
 """)
     [run_span] = [it for it in spans if it.name == "invoke_agent between"]
-    lost = 51  # the first request's
+    lost = 51 + 52  # the first two requests'
     seen = sum(it.attributes.get("gen_ai.usage.input_tokens", 0) for it in spans)
     assert run_span.attributes["gen_ai.aggregated_usage.input_tokens"] == seen + lost
 
@@ -419,7 +430,7 @@ async def test_pending_spans(traced: Traced) -> None:
     """With a token for Logfire, a run in progress is seen; each span is announced once, and ends once."""
     async with traced.registered(TRACED_PROCESSORS="logfire") as worker:
         run = asyncio.create_task(traced.ingress.call("Traced/between"))
-        awakeable = await traced.begun()
+        awakeable = await traced.waits()
         spans = await traced.until(
             lambda spans: any(it.name == "execute_tool wait" for it in spans)
         )
@@ -461,7 +472,7 @@ async def test_metrics_are_counted_once(traced: Traced) -> None:
     with provider(answers) as api:
         async with traced.registered(**api.env, OPENAI_API_KEY="key"):
             run = asyncio.create_task(traced.ingress.call("Traced/between"))
-            awakeable = await traced.begun()
+            awakeable = await traced.waits()
             await traced.ingress.post(f"restate/awakeables/{awakeable}/resolve", "go")
             await run
             await traced.ingress.call("Traced/failing")
@@ -538,7 +549,7 @@ async def test_tracing_is_switched_on_under_a_run(
         async with traced.registered(TRACED_PROCESSORS="none") as worker:
             key = {"idempotency-key": "once"}
             sent = await traced.ingress.post("Traced/relay/send", "pause", headers=key)
-            awakeable = await traced.begun()
+            awakeable = await traced.waits()
             worker.kill()
     assert not traced.collector.spans()
     async with RestateServer(data_dir=data, env=traced.servers_spans) as server:
@@ -590,7 +601,7 @@ async def test_a_collector_that_does_not_answer(traced: Traced) -> None:
         env = {"TRACED_COLLECTOR": url, "OTEL_BSP_SCHEDULE_DELAY": "10"}
         async with traced.registered(TRACED_PROCESSORS="batch", **env) as worker:
             assert await traced.ingress.call("Traced/plain") == "work=worked"
-            silent.accept()  # it was called
+            silent.accept()[0].close()  # it was called
             worker.kill()
 
 
@@ -605,8 +616,10 @@ async def test_no_collector(traced: Traced) -> None:
 
 async def test_what_is_secret_stays_secret(traced: Traced) -> None:
     """Keys, headers and what the provider says are in no span, error text or step name."""
-    canary = {"text": "canary-body", "headers": {"x-canary": "canary-header"}}
-    answers = [Answer(status=500, **canary), Answer(status=401, **canary)]
+    answers = [
+        Answer("canary-body", status=status, headers={"x-canary": "canary-header"})
+        for status in (500, 401)
+    ]
     with provider(answers) as api:
         async with traced.registered(**api.env, OPENAI_API_KEY="canary-key"):
             response = await traced.ingress.post(
@@ -625,6 +638,17 @@ async def test_content_that_must_not_be_recorded(traced: Traced) -> None:
         response = await traced.ingress.post("Traced/secret")
     assert response.status_code == 500
     assert "canary" not in response.text
-    assert tree(traced.collector.spans()) == ""
+    assert tree(traced.collector.spans()) == expected("""\
+Traced/secret
+  invoke_agent secret
+    chat model
+    execute_tool leak
+      failed try: secret__function_toolset__<agent>.call_tool:leak
+    chat model
+    execute_tool repeat
+    chat model
+    execute_tool fail
+      failed try: secret__function_toolset__<agent>.call_tool:fail
+""")
     assert "canary" not in traced.collector.file.read_text()
     assert "canary" not in await traced.told_by_journal("secret")

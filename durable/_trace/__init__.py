@@ -1,0 +1,82 @@
+"""`durable trace`: a run as a tree in the terminal, from what this machine and the server have stored.
+
+Spans that `durable dev` has collected become a tree in `spans`, journals one in `journal`; `tree` draws it.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.text import Text
+
+from durable._runs import admin_client, headline, program_console
+from durable._trace.journal import read_journals
+from durable._trace.spans import read_span_trees
+from durable._trace.tree import Node, draw
+from durable.client import ClientError, Handle
+
+__all__ = ["show_trace"]
+
+
+def show_trace(
+    handle: Handle[object],
+    *,
+    admin_url: str | None,
+    spans: Path,
+    journal: bool = False,
+    full: bool = False,
+    svg: Path | None = None,
+) -> None:
+    """Print the tree of a run: spans where they were collected, what its journal says otherwise.
+
+    Args:
+        handle: The run.
+        admin_url: Where Restate's admin API answers, `None` for the usual place.
+        spans: The file into which `durable dev` collects.
+        journal: Whether to show the journal although there are spans.
+        full: Whether arguments and results are shown whole, instead of in a line.
+        svg: Where to draw the tree as a picture too.
+
+    Raises:
+        NotFound: When neither the server nor the file knows the run.
+        Unreachable: When only the server could know it, and does not answer.
+    """
+    trees: Sequence[Node] = () if journal else read_span_trees(spans, str(handle))
+    head: list[Text] = []
+    try:
+        with admin_client(admin_url) as client:
+            head = headline(client.status(handle))
+            trees = trees or [read_journals(client, handle)]
+    except ClientError:
+        if not trees:
+            raise
+        head = [Text(f"{handle}: the server does not tell about it", "dim")]
+    console = program_console(record=svg is not None)
+    console.print(Group(*head, *(draw(tree, full=full) for tree in trees)), soft_wrap=full)
+    if svg is not None:
+        _save(console, svg, title=f"durable trace {handle}")
+
+
+def _save(console: Console, svg: Path, *, title: str) -> None:
+    # Without the fonts that rich's own format loads from the web
+    console.save_svg(str(svg), title=title, code_format=_SVG, clear=False)
+
+
+_SVG = """\
+<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
+<style>
+.{unique_id}-matrix {{ font-family: monospace; font-size: {char_height}px; line-height: {line_height}px; }}
+{styles}
+</style>
+<defs><clipPath id="{unique_id}-clip-terminal">
+<rect x="0" y="0" width="{terminal_width}" height="{terminal_height}" /></clipPath>
+{lines}</defs>
+{chrome}
+<g transform="translate({terminal_x}, {terminal_y})" clip-path="url(#{unique_id}-clip-terminal)">
+{backgrounds}
+<g class="{unique_id}-matrix">
+{matrix}
+</g>
+</g>
+</svg>
+"""

@@ -1,0 +1,201 @@
+"""The tree of a run from its journal, and from those of the handlers that it called."""
+
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from typing import Any, NamedTuple, cast
+
+from pydantic import TypeAdapter
+from pydantic_core import from_json
+
+from durable._names import AGENT_RUN
+from durable._trace.tree import SECOND, Node, call, cost, duration, tokens, written
+from durable.client import Handle, NotFound, SyncClient
+
+_TIME = TypeAdapter(datetime)
+_UNSEEN = {"Input", "Output"}
+"""Entries that the line of the invocation itself speaks for."""
+
+
+def read_journals(client: SyncClient, handle: Handle[object]) -> Node:
+    """Return the tree of an invocation.
+
+    Raises:
+        NotFound: When the server does not know it.
+    """
+    invocation = client.status(handle)
+    node = Node(
+        name=invocation.target,
+        began=_ns(invocation.created_at),
+        ended=invocation.completed_at and _ns(invocation.completed_at),
+        failure=invocation.failure or invocation.last_failure,
+    )
+    journal = _Journal(client, handle)
+    node.result = journal.output
+    node.children = [*journal.nodes()]
+    return node
+
+
+class _Completion(NamedTuple):
+    """How an entry ended."""
+
+    at: int
+    value: Any
+    failure: str | None
+
+
+class _Journal:
+    """The entries of one invocation."""
+
+    def __init__(self, client: SyncClient, handle: Handle[object]) -> None:
+        self._client = client
+        self.output = ""
+        self._commands: list[tuple[int, str, Mapping[str, Any], int]] = []
+        self._completions: dict[int, _Completion] = {}
+        self._signals: list[Node] = []
+        for row in client.query(
+            f"SELECT index, entry_json, appended_at FROM sys_journal WHERE id = '{handle}' ORDER BY index"
+        ):
+            self._read(row["index"], from_json(row["entry_json"]), _at(row))
+        self._tries: dict[int | None, list[Node]] = {}
+        for row in client.query(
+            "SELECT event_json, appended_at FROM sys_journal_events "
+            f"WHERE id = '{handle}' AND event_type = 'TransientError' ORDER BY appended_at"
+        ):
+            event = from_json(row["event_json"])
+            tries = self._tries.setdefault(event.get("related_command_index"), [])
+            at, why = _at(row), f"{event['error_code']}: {event['error_message']}"
+            tries.append(Node(name="failed try", began=at, ended=at, failure=why))
+
+    def _read(self, index: int, entry: Mapping[str, Any], at: int) -> None:
+        if "Command" in entry:
+            [(kind, it)] = entry["Command"].items()
+            self._commands.append((index, kind, it, at))
+            if kind == "Output":
+                completion = _completion(at, it["result"])
+                self.output = _shown(completion.value)
+        elif "Completion" in entry["Notification"]:
+            [(_, it)] = entry["Notification"]["Completion"].items()
+            self._completions[it["completion_id"]] = _completion(at, it.get("result"))
+        else:
+            it = entry["Notification"]["Signal"]
+            [name] = it["id"].values()
+            completion = _completion(at, it["result"])
+            self._signals.append(
+                Node(
+                    name=f"signal {name}",
+                    began=at,
+                    ended=at,
+                    result=_shown(completion.value),
+                    failure=completion.failure,
+                )
+            )
+
+    def nodes(self) -> Iterator[Node]:
+        """Return what the invocation did, in the order in which it began."""
+        nodes = [self._node(*it) for it in self._commands if it[1] not in _UNSEEN]
+        found = [it for it in nodes if it is not None] + self._signals
+        yield from sorted(found, key=lambda it: it.began)
+        yield from self._tries.get(None, [])
+
+    def _node(self, index: int, kind: str, it: Mapping[str, Any], at: int) -> Node | None:
+        id: Any = it.get("result_completion_id", it.get("completion_id"))
+        completion = self._completions.get(id)
+        node = Node(
+            name=f"{_words(kind)} {it.get('name') or it.get('key') or ''}", began=at, ended=at
+        )
+        if id is not None:
+            node.ended = completion and completion.at
+        if completion is not None:
+            node.failure = completion.failure
+            node.result = _shown(completion.value)
+        if kind == "Run":
+            _tell_step(node, it["name"], completion)
+        elif kind in {"Call", "OneWayCall"}:
+            return self._called(node, kind, it)
+        elif kind == "Sleep":
+            node.notes.append(f"for {duration(it['wake_up_time'] * (SECOND // 1000) - at)}")
+        node.children += self._tries.get(index, [])
+        return node
+
+    def _called(self, node: Node, kind: str, it: Mapping[str, Any]) -> Node | None:
+        """Show the run of another handler under the call."""
+        [target] = it["invocation_target"].values()
+        if target["name"] == AGENT_RUN:
+            return None
+        verb = "call" if kind == "Call" else "send"
+        node.name = f"{verb} {target['name']}/{target['handler']}"
+        try:
+            node.children.append(read_journals(self._client, Handle(it["invocation_id"])))
+            node.result, node.failure = "", None  # its own line says it
+        except NotFound:
+            pass  # forgotten, or not begun
+        return node
+
+
+def _tell_step(node: Node, name: str, completion: _Completion | None) -> None:
+    node.name = name
+    value = completion and completion.value
+    if not isinstance(value, dict) or "at" not in value:
+        return  # not a step of this library
+    entry = cast("dict[str, Any]", value)
+    node.began, node.ended = (int(it * SECOND) for it in entry["at"])
+    result = entry.get("result")
+    node.result = _shown(result)
+    if isinstance(result, dict) and "usage" in result and "parts" in result:
+        response = cast("dict[str, Any]", result)
+        node.notes += tokens(response["usage"]) + cost(response["usage"].get("cost"))
+        node.result = _said(response["parts"])
+    elif isinstance(result, dict) and "kind" in result:
+        outcome = cast("dict[str, Any]", result)
+        if outcome["kind"] != "tool_return":
+            node.notes.append(_words(str(outcome["kind"])))
+        node.result = _shown(outcome.get("result", outcome.get("message")))
+
+
+def _said(parts: list[dict[str, Any]]) -> str:
+    """Write what a model answered, from the response as PydanticAI has it."""
+    said: list[str] = []
+    for part in parts:
+        if part.get("part_kind") == "tool-call":
+            said.append(call(part["tool_name"], part["args"]))
+        elif part.get("part_kind") == "text":
+            said.append(part["content"])
+    return "; ".join(said)
+
+
+def _completion(at: int, result: Any) -> _Completion:
+    if not isinstance(result, dict):
+        return _Completion(at, None, None)
+    [(kind, it)] = cast("dict[str, Any]", result).items()
+    if kind == "Failure":
+        return _Completion(at, None, f"{it['code']}: {it['message']}")
+    return _Completion(at, _value(it), None)
+
+
+def _value(content: Any) -> Any:
+    """Read a value that the journal holds: JSON, or else text as far as it is any."""
+    if not isinstance(content, list):
+        return content
+    raw = bytes(cast("list[int]", content))
+    try:
+        return from_json(raw) if raw else None
+    except ValueError:
+        return raw.decode(errors="replace")
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else written(value)
+
+
+def _words(name: str) -> str:
+    """Write `SetState` and `model_retry` as words."""
+    spaced = "".join(f" {it}" if it.isupper() else it for it in name.replace("_", " "))
+    return spaced.strip().lower()
+
+
+def _at(row: Mapping[str, Any]) -> int:
+    return _ns(_TIME.validate_python(row["appended_at"]))
+
+
+def _ns(time: datetime) -> int:
+    return int(time.timestamp() * SECOND)

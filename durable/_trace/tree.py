@@ -1,0 +1,135 @@
+"""A run as a tree of lines: what was done, when and for how long, with which outcome."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+from rich.tree import Tree
+
+SECOND = 1_000_000_000
+"""Times are in nanoseconds since the epoch, as OpenTelemetry has them."""
+
+
+@dataclass(kw_only=True)
+class Node:
+    """One line of the tree, and what lies under it."""
+
+    name: str
+    began: int
+    ended: int | None
+    """`None` while it is under way."""
+
+    notes: list[str] = field(default_factory=list[str])
+    """What was used: tokens, costs."""
+
+    given: str = ""
+    """Arguments."""
+
+    result: str = ""
+    failure: str | None = None
+    children: "list[Node]" = field(default_factory=list["Node"])
+    aside: bool = False
+    """Whether it only tells what the server did around the run."""
+
+
+def draw(root: Node, *, full: bool) -> RenderableType:
+    """Return what to print for `root` and all below it.
+
+    Args:
+        root: The tree.
+        full: Whether arguments and results take as many lines as they need.
+    """
+    tree = Tree(_line(root, since=root.began, full=full), guide_style="dim")
+    _add(tree, root.children, since=root.began, full=full)
+    return tree
+
+
+def _add(tree: Tree, nodes: Sequence[Node], *, since: int, full: bool) -> None:
+    for node in nodes:
+        _add(tree.add(_line(node, since=since, full=full)), node.children, since=since, full=full)
+
+
+def _line(node: Node, *, since: int, full: bool) -> RenderableType:
+    line = Text.assemble((node.name, "dim" if node.aside else "bold"))
+    style = "dim" if node.aside else ""
+    if node.ended is None:
+        line.append(f"  under way for {duration(time.time_ns() - node.began)}", "yellow")
+    elif node.ended > node.began:
+        line.append(f"  {duration(node.ended - node.began)}", style or "cyan")
+    if node.began > since:
+        line.append(f" at {duration(node.began - since)}", "dim")
+    for note in node.notes:
+        line.append(f"  {note}", style or "magenta")
+    content = [("(", node.given, ")", ""), ("→ ", node.result, "", "green")]
+    if node.failure is not None:
+        content.append(("", node.failure, "", "red"))
+    shown = [
+        Text(f"{before}{text}{after}", style) for before, text, after, style in content if text
+    ]
+    if full:
+        return Group(line, *shown)
+    for text in shown:
+        line.append("  ")
+        line.append_text(Text(" ".join(text.plain.split()), text.style))
+    line.no_wrap, line.overflow = True, "ellipsis"
+    return line
+
+
+def duration(nanoseconds: int) -> str:
+    """Write a time as people read it: `12 ms`, `3.4 s`, `5 min 6 s`, `7 h 8 min`, `9 d 10 h`."""
+    seconds = nanoseconds / SECOND
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = int(seconds)
+    size, unit, smaller, smaller_unit = next(it for it in _UNITS if whole >= it[0])
+    return f"{whole // size} {unit} {whole % size // smaller} {smaller_unit}"
+
+
+_UNITS = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
+"""Seconds and name of each unit, and of the one that is told with it."""
+
+
+def tokens(usage: Mapping[str, Any], *, prefix: str = "") -> list[str]:
+    """Return the note for the tokens that went into a model and came out."""
+    given, made = (usage.get(f"{prefix}{it}_tokens") for it in ("input", "output"))
+    return [f"{given or 0} → {made or 0} tokens"] if given or made else []
+
+
+def cost(dollars: object) -> list[str]:
+    """Return the note for a cost."""
+    return [f"${float(dollars):.4g}"] if isinstance(dollars, int | float | str) else []
+
+
+def call(name: object, arguments: object) -> str:
+    """Write the call of a tool as code has it."""
+    return f"{name}({written(arguments)})"
+
+
+def written(value: object) -> str:
+    """Write a JSON value briefly; an object as arguments are, and text as it is."""
+    if isinstance(value, str):
+        return _parsed(value)
+    if isinstance(value, dict):
+        arguments = cast("dict[str, Any]", value)
+        return ", ".join(f"{key}={_json(it)}" for key, it in arguments.items())
+    return "" if value is None else _json(value)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _parsed(text: str) -> str:
+    """Write text that is the JSON of an object as the object."""
+    if text.startswith("{"):
+        try:
+            return written(json.loads(text))
+        except ValueError:
+            return text
+    return text
