@@ -4,9 +4,10 @@ Spans that `durable dev` has collected become a tree in `spans`, journals one in
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.text import Text
 
 from durable._runs import admin_client, headline, program_console
@@ -46,26 +47,28 @@ def show_trace(
     try:
         with admin_client(admin_url) as client:
             head = headline(client.status(handle))
-            trees = trees or [read_journals(client, handle)]
+            trees = trees or [replace(read_journals(client, handle), failure=None)]
     except ClientError:
         if not trees:
             raise
         head = [Text(f"{handle}: the server does not tell about it", "dim")]
     console = program_console(record=svg is not None)
+    if svg is not None and not console.is_terminal:
+        console.width = _WIDTH
     console.print(Group(*head, *(draw(tree, full=full) for tree in trees)), soft_wrap=full)
     if svg is not None:
-        _save(console, svg, title=f"durable trace {handle}")
+        console.save_svg(str(svg), title=f"durable trace {handle}", code_format=_SVG)
 
 
-def _save(console: Console, svg: Path, *, title: str) -> None:
-    # Without the fonts that rich's own format loads from the web
-    console.save_svg(str(svg), title=title, code_format=_SVG, clear=False)
+_WIDTH = 140
+"""How many characters fit into a line of a picture, where no terminal says it."""
 
-
+# rich's own format, without the fonts that it loads from the web
 _SVG = """\
 <svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
 <style>
 .{unique_id}-matrix {{ font-family: monospace; font-size: {char_height}px; line-height: {line_height}px; }}
+.{unique_id}-title {{ font-family: monospace; font-size: 18px; }}
 {styles}
 </style>
 <defs><clipPath id="{unique_id}-clip-terminal">

@@ -49,13 +49,14 @@ class _Journal:
     def __init__(self, client: SyncClient, handle: Handle[object]) -> None:
         self._client = client
         self.output = ""
-        self._commands: list[tuple[int, str, Mapping[str, Any], int]] = []
+        self._commands: list[tuple[str, Mapping[str, Any], int]] = []
         self._completions: dict[int, _Completion] = {}
         self._signals: list[Node] = []
         for row in client.query(
-            f"SELECT index, entry_json, appended_at FROM sys_journal WHERE id = '{handle}' ORDER BY index"
+            f"SELECT entry_json, appended_at FROM sys_journal WHERE id = '{handle}' ORDER BY index"
         ):
-            self._read(row["index"], from_json(row["entry_json"]), _at(row))
+            self._read(from_json(row["entry_json"]), _at(row))
+        # by the number of the command that failed
         self._tries: dict[int | None, list[Node]] = {}
         for row in client.query(
             "SELECT event_json, appended_at FROM sys_journal_events "
@@ -66,10 +67,10 @@ class _Journal:
             at, why = _at(row), f"{event['error_code']}: {event['error_message']}"
             tries.append(Node(name="failed try", began=at, ended=at, failure=why))
 
-    def _read(self, index: int, entry: Mapping[str, Any], at: int) -> None:
+    def _read(self, entry: Mapping[str, Any], at: int) -> None:
         if "Command" in entry:
             [(kind, it)] = entry["Command"].items()
-            self._commands.append((index, kind, it, at))
+            self._commands.append((kind, it, at))
             if kind == "Output":
                 completion = _completion(at, it["result"])
                 self.output = _shown(completion.value)
@@ -92,12 +93,16 @@ class _Journal:
 
     def nodes(self) -> Iterator[Node]:
         """Return what the invocation did, in the order in which it began."""
-        nodes = [self._node(*it) for it in self._commands if it[1] not in _UNSEEN]
+        nodes = [
+            self._node(number, *it)
+            for number, it in enumerate(self._commands)
+            if it[0] not in _UNSEEN
+        ]
         found = [it for it in nodes if it is not None] + self._signals
         yield from sorted(found, key=lambda it: it.began)
         yield from self._tries.get(None, [])
 
-    def _node(self, index: int, kind: str, it: Mapping[str, Any], at: int) -> Node | None:
+    def _node(self, number: int, kind: str, it: Mapping[str, Any], at: int) -> Node | None:
         id: Any = it.get("result_completion_id", it.get("completion_id"))
         completion = self._completions.get(id)
         node = Node(
@@ -114,18 +119,19 @@ class _Journal:
             return self._called(node, kind, it)
         elif kind == "Sleep":
             node.notes.append(f"for {duration(it['wake_up_time'] * (SECOND // 1000) - at)}")
-        node.children += self._tries.get(index, [])
+        node.children += self._tries.get(number, [])
         return node
 
     def _called(self, node: Node, kind: str, it: Mapping[str, Any]) -> Node | None:
         """Show the run of another handler under the call."""
-        [target] = it["invocation_target"].values()
+        request = it["request"]
+        [target] = request["invocation_target"].values()
         if target["name"] == AGENT_RUN:
             return None
         verb = "call" if kind == "Call" else "send"
         node.name = f"{verb} {target['name']}/{target['handler']}"
         try:
-            node.children.append(read_journals(self._client, Handle(it["invocation_id"])))
+            node.children.append(read_journals(self._client, Handle(request["invocation_id"])))
             node.result, node.failure = "", None  # its own line says it
         except NotFound:
             pass  # forgotten, or not begun

@@ -60,7 +60,7 @@ def _line(node: Node, *, since: int, full: bool) -> RenderableType:
         line.append(f"  under way for {duration(time.time_ns() - node.began)}", "yellow")
     elif node.ended > node.began:
         line.append(f"  {duration(node.ended - node.began)}", style or "cyan")
-    if node.began > since:
+    if node.began >= since + SECOND // 1000:
         line.append(f" at {duration(node.began - since)}", "dim")
     for note in node.notes:
         line.append(f"  {note}", style or "magenta")
@@ -80,8 +80,10 @@ def _line(node: Node, *, since: int, full: bool) -> RenderableType:
 
 
 def duration(nanoseconds: int) -> str:
-    """Write a time as people read it: `12 ms`, `3.4 s`, `5 min 6 s`, `7 h 8 min`, `9 d 10 h`."""
+    """Write a time as people read it: `<1 ms`, `12 ms`, `3.4 s`, `5 min 6 s`, `7 h 8 min`, `9 d 10 h`."""
     seconds = nanoseconds / SECOND
+    if seconds < 0.001:
+        return "<1 ms"
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 60:

@@ -179,6 +179,51 @@ def test_dev(project: Path) -> None:
         assert dev.stop(signal.SIGTERM) == 0
 
 
+TRACED_APP = """
+    import restate
+    from pydantic_ai import Agent
+    from pydantic_ai.models.test import TestModel
+
+    import durable
+
+    agent = Agent(TestModel(custom_output_text="hi"), name="poet", capabilities=[durable.RestateDurability()])
+    poet = restate.Service("Poet")
+
+    @poet.handler()
+    async def write(ctx: restate.Context) -> str:
+        return (await agent.run("go")).output
+
+    app = durable.app([poet])
+"""
+
+
+def test_dev_collects_spans(project: Path) -> None:
+    """Also of an application that has set up no tracing; `durable trace` shows them, with the server's."""
+    (project / "hosted.py").write_text(textwrap.dedent(TRACED_APP))
+    with durable(project, "dev", "hosted:app") as dev:
+        dev.wait_for("/Poet/write")
+        url = dev.curls()["/Poet/write"][1]
+        [admin] = [line.split()[1] for line in dev.output.splitlines() if "admin " in line]
+        invocation = httpx2.post(url, trust_env=False, timeout=30).headers["x-restate-id"]
+        deadline = time.monotonic() + 20
+        shown = ""
+        while "invocation-attempt" not in shown or "under way" in shown:
+            assert time.monotonic() < deadline, shown
+            command = [sys.executable, "-m", "durable", "trace", invocation, "--admin", admin]
+            shown = subprocess.run(
+                command, cwd=project, capture_output=True, text=True, check=True
+            ).stdout
+    assert [line.strip(" │├└─").partition("  ")[0] for line in shown.splitlines()] == [
+        "Poet/write",
+        "ingress Poet/write",
+        "invocation-start Poet/write",
+        "invocation-attempt Poet/write",
+        "Poet/write",
+        "invoke_agent poet",
+        "chat test",
+    ]
+
+
 def test_dev_tells_when_the_worker_ends_by_itself(project: Path) -> None:
     code = project / "hosted.py"
     edit(code, "total =", "import os; os._exit(5) if value == 1 else None\n    total =")
