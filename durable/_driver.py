@@ -183,8 +183,9 @@ class Driver:
 
     async def _deliver(self, root: asyncio.Task[Any]) -> None:
         """Get the next completion from the SDK's core and hand it to whoever waits for it."""
+        awaited = self._awaited()
         while self._failure is None:
-            progress = self._vm.do_progress(self._awaited())
+            progress = self._vm.do_progress(awaited)
             if isinstance(progress, DoProgressExecuteRun):
                 self._steps.begin(progress.handle)
             elif isinstance(progress, DoProgressWaitExternalProgress):

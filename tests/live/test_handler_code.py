@@ -161,6 +161,38 @@ async def test_no_task_is_left_behind(server: RestateServer, ending: str) -> Non
     assert [task for task in tasks if not task.done()] == []
 
 
+async def test_handler_code_does_not_catch_a_suspension(server: RestateServer) -> None:
+    """`except Exception` around an agent, in handler code or in a tool, is for failures only."""
+    inner = Agent(calls("look"), name="inner", capabilities=[durable.RestateDurability()])
+    outer = Agent(calls("ask"), name="outer", capabilities=[durable.RestateDurability()])
+    service = restate.Service("Suspended")
+    caught: list[Exception] = []
+
+    async def guarded(agent: Agent[None, str]) -> str:
+        try:
+            return (await agent.run("go")).output
+        except Exception as error:
+            caught.append(error)
+            raise
+
+    @inner.tool_plain(metadata={"restate": False})
+    async def look() -> str:
+        await asyncio.sleep(0.05)
+        return "seen"
+
+    @outer.tool_plain(metadata={"restate": False})
+    async def ask() -> str:
+        return await guarded(inner)
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> str:
+        return await guarded(outer)
+
+    async with hosted(server, service) as ingress:
+        assert await ingress.call("Suspended/run") == "ask=look=seen"
+    assert caught == []
+
+
 def current() -> asyncio.Task[Any]:
     """The task that this is called in."""
     task = asyncio.current_task()
