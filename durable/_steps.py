@@ -46,6 +46,7 @@ class Steps(dict[int, Step]):
         self._held: deque[tuple[Step, Context]] = deque()
         self._failing: dict[int, asyncio.Future[None]] = {}
         self._flush_timer: asyncio.TimerHandle | None = None
+        self._flush_due = False
         self._execute = context.create_run_coroutine
         context.create_run_coroutine = self._execute_beside_others
         context.run_coros_to_execute = self
@@ -67,20 +68,24 @@ class Steps(dict[int, Step]):
 
     def _begin(self, step: Step, context: Context) -> None:
         if self._flush_timer is None:
-            self._flush_timer = self._host.call_later(FLUSH_DELAY, self.wake_driver)
+            self._flush_timer = self._host.call_later(FLUSH_DELAY, self._flush_now)
         self._executing += 1
         self._tasks.add(self._host.create_task(self._run(step), context=context))
 
     def may_flush(self) -> bool:
         """Return whether to send now: no step has just started that may end within the flush delay."""
-        timer = self._flush_timer
-        if timer is None:
+        if self._flush_timer is None:
             return True
-        if self._executing and self._host.time() < timer.when():
+        if self._executing and not self._flush_due:
             return False
-        timer.cancel()
-        self._flush_timer = None
+        self._flush_timer.cancel()
+        self._flush_timer, self._flush_due = None, False
         return True
+
+    def _flush_now(self) -> None:
+        # the timer decides, not the clock: however late it is, a step that needs one turn of the loop has ended
+        self._flush_due = True
+        self.wake_driver()
 
     async def _run(self, step: Step) -> None:
         try:

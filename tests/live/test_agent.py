@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx2
 import pytest
 import restate
 from pydantic import BaseModel
@@ -19,8 +20,9 @@ from pydantic_ai.providers.openai import OpenAIProvider
 from pydantic_ai.toolsets import FunctionToolset
 
 import durable
+from durable._wire import Kind, messages
 from durable.server import RestateServer
-from tests.live.hosting import agent_service, hosted
+from tests.live.hosting import after, agent_service, hosted, serving
 from tests.live.providers import Answer, provider
 from tests.live.scripted import calls, done
 
@@ -391,3 +393,31 @@ async def test_a_long_step_is_visible_while_it_runs(server: RestateServer) -> No
 
         assert await ingress.call("Visible/run") == "think=thought"
     assert seen[-1] == "visible__function_toolset__<agent>.call_tool:think"
+
+
+async def test_a_short_step_is_one_message(server: RestateServer) -> None:
+    """Its start is not sent at once but with its end: one message to the server per step instead of two."""
+    service = restate.Service("Short")
+    sent: list[list[int]] = []
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> None:
+        for _ in range(5):
+            await ctx.run_typed("short", after)
+
+    app = durable.app([service])
+
+    async def watched(scope: Any, receive: Any, send: Any) -> None:
+        async def noted(event: Any) -> None:
+            if event.get("body") and "/invoke/" in scope["path"]:
+                sent.append([message.type for message in messages(event["body"])])
+            await send(event)
+
+        await app(scope, receive, noted)
+
+    async with serving(watched) as url, httpx2.AsyncClient(trust_env=False) as http:
+        await server.register(url)
+        (await http.post(f"{server.ingress_url}/Short/run")).raise_for_status()
+    # a suspension may be in the same message
+    with_a_step = [types[:2] for types in sent if Kind.RUN in types]
+    assert with_a_step == [[Kind.RUN, Kind.PROPOSE_RUN_COMPLETION]] * 5
