@@ -332,6 +332,35 @@ async def test_telemetry(server: RestateServer) -> None:
     assert {(it.trace_id, it.span_id) for it in told} == {(run.trace_id, run.span_id)}
 
 
+async def test_streams_and_delegates(server: RestateServer) -> None:
+    """A streamed run is evaluated when it is over, and the agent in a tool of it by itself."""
+    seen = Seen()
+    evaluation = evaluating(seen)
+    inner = Agent(script(), name="inner", capabilities=[durable.RestateDurability(), evaluation])
+    agent = evaluated(evaluation, script([call("ask")]))
+
+    @agent.tool_plain(metadata={"restate": False})
+    async def ask() -> str:
+        return (await inner.run("well?")).output
+
+    service = restate.Service("Runner")
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> str:
+        async with agent.run_stream("go") as stream:
+            output = await stream.get_output()
+        await ctx.run_typed("after", after)
+        return output
+
+    async with hosted(server, service, evaluation.service) as ingress:
+        output = await ingress.call("Runner/run")
+        run_id = (await ingress.invocation("Runner"))["id"]
+        completed = f"{EVALUATIONS} AND invoked_by_id = '{run_id}' AND status = 'completed'"
+        await ingress.until(completed, lambda rows: len(rows) == 2)
+    assert {it.inputs: it.output for it in seen.contexts} == {"go": output, "well?": "hello"}
+    assert sorted(str(it.name) for it in seen.contexts) == [f"{run_id}:0", f"{run_id}:1"]
+
+
 async def test_outside_a_handler() -> None:
     """There it is pydantic-evals' own."""
     seen = Seen()
