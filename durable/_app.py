@@ -23,7 +23,7 @@ from restate.serde import Serde
 
 from durable._context import Invocation, handler_scope
 from durable._driver import Driver
-from durable._errors import handler_failure
+from durable._errors import handler_failure, list_problems
 from durable._preloaded import attempt_preloaded, watched
 from durable._sdk import Handler, ServerInvocationContext
 
@@ -170,11 +170,3 @@ class _OutputSerde(Serde[Any]):
 
 def _describe(error: ValidationError) -> str:
     return f"The request does not fit `{error.title}`: {list_problems(error)}."
-
-
-def list_problems(error: ValidationError) -> str:
-    """List what is wrong field by field, without the values: they may be secret or huge."""
-    return "; ".join(
-        f"`{'.'.join(map(str, problem['loc'])) or 'body'}`: {problem['msg']}"
-        for problem in error.errors(include_url=False, include_input=False, include_context=False)
-    )

@@ -17,7 +17,7 @@ from functools import partial
 from inspect import iscoroutinefunction
 from typing import Any, Literal, cast
 
-from pydantic import JsonValue
+from pydantic import JsonValue, ValidationError
 from pydantic_ai.capabilities import AbstractCapability, WrapToolExecuteHandler
 from pydantic_ai.durable_exec import ExternalEventError, ExternalEventWaiter
 from pydantic_ai.exceptions import ToolFailed, UserError
@@ -301,12 +301,18 @@ async def _read(
         letter = await answered
     except InvocationCancelled:
         raise
-    except TerminalError as rejection:  # of the awakeable itself, past `agent_run`
-        closing = Closing(call=call.id, why="was rejected")
-        context.object_send(_agent_run.close, key=call.invocation_id, arg=closing)
-        return Deny(call=call.id, reason=rejection.message)
-    context.resolve_awakeable(letter.receipt, None)
-    return letter.answer.root
+    # who completes the awakeable itself, past `agent_run`, can do no more than deny the call
+    except TerminalError as rejection:
+        why, reason = "was rejected", rejection.message
+    except ValidationError:
+        why = "got an answer that could not be read"
+        reason = "The answer could not be read: give it to `AgentRun/answer`."
+    else:
+        context.resolve_awakeable(letter.receipt, None)
+        return letter.answer.root
+    closing = Closing(call=call.id, why=why)
+    context.object_send(_agent_run.close, key=call.invocation_id, arg=closing)
+    return Deny(call=call.id, reason=reason)
 
 
 async def _tell(notifier: Notifier, pending: PendingCall) -> None:

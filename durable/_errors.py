@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
 
+from pydantic import ValidationError
 from pydantic_ai import exceptions as pai
 from pydantic_core import from_json, to_json, to_jsonable_python
 from restate import TerminalError
@@ -209,7 +210,22 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 def describe(error: BaseException) -> str:
     """Say what happened, without the provider's body and headers."""
-    return f"{type(error).__name__}: {_message(error)}"
+    said = f"{type(error).__name__}: {_message(error)}"
+    if isinstance(
+        error, pai.UnexpectedModelBehavior
+    ):  # behind it: why what the model said did not do
+        for cause in _chain(error):
+            if isinstance(cause, ValidationError):
+                return f"{said}; {list_problems(cause)}"
+    return said
+
+
+def list_problems(error: ValidationError) -> str:
+    """List what is wrong field by field, without the values: they may be secret or huge."""
+    return "; ".join(
+        f"`{'.'.join(map(str, problem['loc'])) or 'body'}`: {problem['msg']}"
+        for problem in error.errors(include_url=False, include_input=False, include_context=False)
+    )
 
 
 def _message(error: BaseException) -> str:

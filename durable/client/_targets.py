@@ -12,7 +12,7 @@ from pydantic_ai.exceptions import UserError
 from pydantic_core import PydanticSerializationError, from_json, to_json
 from restate.serde import DefaultSerde, PydanticJsonSerde, Serde
 
-from durable._app import list_problems
+from durable._errors import list_problems
 from durable._sdk import Handler, handler_from_callable
 from durable.client._errors import RejectedInput, UnexpectedOutput
 

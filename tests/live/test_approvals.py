@@ -52,9 +52,9 @@ def refunds(*capabilities: Any, orders: str = "A") -> Agent[None, Any]:
     return agent
 
 
-async def start(ingress: Ingress, path: str = "Refunds/run") -> str:
+async def start(ingress: Ingress, path: str = "Refunds/run", *body: Any) -> str:
     """Start a run in the background and return the invocation's id."""
-    sent = await ingress.post(f"{path}/send", headers={"idempotency-key": uuid4().hex})
+    sent = await ingress.post(f"{path}/send", *body, headers={"idempotency-key": uuid4().hex})
     return sent.json()["invocationId"]
 
 
@@ -189,6 +189,30 @@ async def test_an_answer_to_a_run_that_was_killed(server: RestateServer) -> None
             assert says in lost.json()["message"]
         assert await pending(ingress, invocation) == []
     assert done == {"model": 1}
+
+
+@pytest.mark.parametrize(
+    ("way", "body", "output", "closed"),
+    [
+        ("resolve", {"decision": "approve"}, "could not be read: give it", "could not be read"),
+        ("reject", "The office is closed.", '"The office is closed."', "was rejected"),
+    ],
+)
+async def test_answers_past_agent_run(
+    server: RestateServer, way: str, body: Any, output: str, closed: str
+) -> None:
+    """A call's id is that of an awakeable: who completes it directly denies the call."""
+    told, tell = notifier()
+    service = agent_service("Refunds", refunds(durable.Approvals(notify=tell)))
+    async with hosted(server, service, durable.agent_run) as ingress:
+        invocation = await start(ingress)
+        asked = await told.get()
+        await ingress.post(f"restate/awakeables/{asked.id}/{way}", body)
+        assert output in await end(ingress, invocation)
+        late = await answer(ingress, invocation, call=asked.id, decision="approve")
+        assert late.status_code == 409
+        assert closed in late.json()["message"]
+    assert done == {"model": 2}
 
 
 async def test_a_reviewer_who_cannot_be_told(server: RestateServer) -> None:

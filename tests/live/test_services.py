@@ -197,6 +197,19 @@ async def test_a_model_that_never_answers_validly(server: RestateServer) -> None
                 assert await app.ingress.retries(service) == 0
 
 
+@pytest.mark.parametrize("handler", ["run", "run_hosted"])
+async def test_a_route_that_there_is_not(server: RestateServer, handler: str) -> None:
+    """The model is asked again, then the run ends with a clear error; no specialist is called."""
+    with provider([Answer('{"reasoning": "?", "team": "sales"}')]) as api:
+        async with serving(server, api) as app:
+            response = await app.ingress.post(f"RoutingService/{handler}", {})
+            assert response.status_code == 502
+            expected = "`team`: Input should be 'billing', 'account', 'technical' or 'product'"
+            assert response.json()["message"].endswith(f"retries (1); {expected}")
+            assert len(api.requests) == 2
+            assert await app.ingress.retries("RoutingService") == 0
+
+
 async def test_a_bare_hypercorn_serves_it(server: RestateServer, tmp_path: Path) -> None:
     """`hypercorn services:app` is all that a deployment needs."""
     [port] = free_ports(1)

@@ -15,7 +15,7 @@ from durable import _agent_run
 from durable._driver import Driver
 from durable.server import RestateServer
 from durable.worker import Worker
-from tests.live.hosting import Ingress, agent_service, hosted
+from tests.live.hosting import Ingress, hosted
 from tests.live.scripted import done
 from tests.live.test_approvals import answer, end, pending, refunds, start
 
@@ -90,20 +90,22 @@ async def test_the_time_is_up_while_the_worker_is_down(
     assert trace.read_text().splitlines()[-1] == "refund A"
 
 
-async def test_a_thousand_runs_wait_at_once() -> None:
+@pytest.mark.timeout(600)
+async def test_a_thousand_sessions_wait_at_once() -> None:
     """None of them is in the worker's memory, and each goes on when it is answered."""
     told: list[durable.PendingCall] = []
 
     async def notify(pending: durable.PendingCall) -> None:
         told.append(pending)
 
-    service = agent_service("Refunds", refunds(durable.Approvals(notify=notify)))
+    sessions = durable.agent_session(refunds(durable.Approvals(notify=notify)))
     quickly = {"RESTATE_WORKER__INVOKER__INACTIVITY_TIMEOUT": "1s"}
     async with (
         RestateServer(env=quickly) as server,
-        hosted(server, service, durable.agent_run) as ingress,
+        hosted(server, sessions, durable.agent_run) as ingress,
     ):
-        invocations = await in_turns([start(ingress) for _ in range(WAITING)])
+        paths = [f"refunds/{number}/message" for number in range(WAITING)]
+        invocations = await in_turns([start(ingress, path, {"prompt": "go"}) for path in paths])
         suspended = "SELECT id FROM sys_invocation WHERE status = 'suspended'"
         await ingress.until(suspended, lambda rows: len(rows) == WAITING, within=300)
         gc.collect()
