@@ -1,4 +1,4 @@
-"""The state that the server sends with the start of an attempt, read without a journal entry.
+"""What the server sends with the start of an attempt, read without a journal entry: state, and retries so far.
 
 `ctx.get` writes the value that it returns into the journal, also when the server has sent it in advance:
 a conversation that each turn reads would be stored again with each turn. A value that does not change
@@ -16,9 +16,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
-from durable._wire import begins_whole, messages
+from durable._wire import Message, begins_whole, messages
 
-_STATE, _KEY, _VALUE = 4, 1, 2  # fields of the protocol's `StartMessage`
+_STATE, _KEY, _VALUE, _RETRIES = 4, 1, 2, 7  # fields of the protocol's `StartMessage`
 
 
 class Preloaded:
@@ -35,10 +35,17 @@ class Preloaded:
 
     def state(self) -> Mapping[str, bytes]:
         """Return the state that came with the message: what `ctx.set` stored, by key."""
-        if not begins_whole(self._received):
-            return {}
-        start = next(messages(bytes(self._received)))
-        return {entry.text(_KEY): entry.data(_VALUE) or b"" for entry in start.nested(_STATE)}
+        start = self._start()
+        entries = start.nested(_STATE) if start else ()
+        return {entry.text(_KEY): entry.data(_VALUE) or b"" for entry in entries}
+
+    def retries(self) -> int:
+        """Return how often the run was tried since it last made progress, this attempt not counted."""
+        start = self._start()
+        return start.number(_RETRIES) if start else 0
+
+    def _start(self) -> Message | None:
+        return next(messages(bytes(self._received))) if begins_whole(self._received) else None
 
 
 attempt_preloaded: ContextVar[Preloaded | None] = ContextVar("durable.preloaded", default=None)

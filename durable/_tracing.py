@@ -13,6 +13,7 @@ from opentelemetry.context import attach, detach
 from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from durable._preloaded import attempt_preloaded
 from durable._telemetry import SCOPE, SLEEP_SECONDS, Wait, failed_tries, marked, reported
 
 T = TypeVar("T")
@@ -147,15 +148,19 @@ def note_step(name: str) -> None:
 def failed_try(step: str, began: float, error: BaseException, *, message: str | None) -> None:
     """Emit a span for a try of a step that failed and will be made again.
 
+    Its `restate.retry_count` is the server's: how often the run was tried before since it last made progress.
+
     Args:
         step: The step's name.
         began: When the try began, in seconds since the epoch.
         error: Why it failed.
         message: The error's text, without what must not be shown.
     """
+    preloaded = attempt_preloaded.get()
+    of_step = {"restate.step": step, "restate.retry_count": preloaded.retries() if preloaded else 0}
     with reported():
         span = _tracer.start_span(
-            f"failed try: {step}", start_time=int(began * 1e9), attributes={"restate.step": step}
+            f"failed try: {step}", start_time=int(began * 1e9), attributes=of_step
         )
         attributes = {"exception.type": type(error).__qualname__}
         span.add_event(

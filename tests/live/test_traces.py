@@ -384,6 +384,7 @@ Traced/failing
         "ModelServerError",
         "ModelRateLimitError",
     ]
+    assert [it.attributes["restate.retry_count"] for it in tries] == [0, 1]
 
 
 async def test_a_killed_process_loses_what_its_exporter_has_not_sent(traced: Traced) -> None:
@@ -491,6 +492,18 @@ async def test_metrics_are_counted_once(traced: Traced) -> None:
         assert 5 <= suspended <= counted["durable.replays"]
     else:
         assert (suspended, counted["durable.replays"]) == (0, 1)  # that of the failed try
+
+
+async def test_baggage_groups_runs(traced: Traced) -> None:
+    """What a caller sends along is an attribute of the run's spans, also of those of runs that it calls."""
+    async with traced.registered():
+        await traced.ingress.call("Traced/delegating", headers={"baggage": "tenant=acme"})
+    spans = traced.spans()
+    assert {it.attributes.get("tenant") for it in spans} == {"acme"}
+    conversations = {
+        it.attributes["gen_ai.conversation.id"] for it in spans if it.name == "invoke_agent inner"
+    }
+    assert len(conversations) == 1
 
 
 async def test_a_callers_trace_is_joined(traced: Traced) -> None:
