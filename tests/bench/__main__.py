@@ -13,10 +13,13 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from importlib import metadata
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import httpx2
 from rich.console import Console
 
+from durable._collector import Collector
 from durable.server import RestateServer
 from durable.worker import Worker
 
@@ -38,6 +41,9 @@ SHORT, LONG = "1 1 0", "21 1 0"
 STEPS_BETWEEN = 40
 PARALLEL = "1 8 0.4"
 """One round of 8 tools at once, 0.4 s each."""
+
+HUNDRED = "33 2 0"
+"""A run with 100 steps."""
 
 CONCURRENCY = 32
 
@@ -136,18 +142,56 @@ async def bench(rounds: int, console: Console) -> None:
                 # the first round warms up
                 await measure(subject, figures[name] if number else defaultdict(list))
             console.print(f"round {number} of {rounds}" if number else "warmed up", style="dim")
+    console.print(
+        f"{environment()}; medians of {rounds} rounds\n\n{table(figures)}", highlight=False
+    )
+
+
+async def bench_tracing(rounds: int, console: Console) -> None:
+    """Run what tracing costs, with Logfire's SDK and a collector on this machine, and print it."""
+    with TemporaryDirectory() as folder, Collector(Path(folder) / "spans.jsonl") as collector:
+        async with (
+            RestateServer() as server,
+            Worker("tests.bench.app:app") as plain,
+            Worker("tests.bench.app:app", otlp_endpoint=collector.url) as traced,
+            httpx2.AsyncClient(base_url=server.ingress_url, timeout=120, trust_env=False) as http,
+        ):
+            spent: dict[str, list[float]] = {"without": [], "with": []}
+            for number in range(rounds + 1):
+                for name, worker in zip(spent, (plain, traced), strict=True):
+                    subject = Subject(http, server, worker)
+                    await subject.register()
+                    seconds = await subject.cpu(lambda of=subject: of.run(HUNDRED))
+                    if number:  # the first round warms up
+                        spent[name].append(seconds * 1000)
+            spans = len(collector.spans())
+    without, traced_run = (statistics.median(it) for it in spent.values())
+    console.print(
+        f"\n100-step run: {without:.0f} ms of CPU without tracing, {traced_run:.0f} ms with it "
+        f"({traced_run / without:.2f} x, {spans // (rounds + 1)} spans a run, of which half are pending ones)"
+    )
+
+
+def environment() -> str:
+    """Return the versions of what is measured."""
     versions = ", ".join(
         f"{p} {metadata.version(p)}" for p in ("restate-sdk", "pydantic-ai-slim", "hypercorn")
     )
-    console.print(f"Python {platform.python_version()}, {versions}; medians of {rounds} rounds\n")
-    console.print(table(figures), highlight=False)
+    return f"Python {platform.python_version()}, {versions}"
 
 
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=bench.__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    asyncio.run(bench(parser.parse_args().rounds, Console(soft_wrap=True)))
+    parser.add_argument(
+        "--only-tracing", action="store_true", help="leave out the comparison with others"
+    )
+    arguments = parser.parse_args()
+    console = Console(soft_wrap=True)
+    if not arguments.only_tracing:
+        asyncio.run(bench(arguments.rounds, console))
+    asyncio.run(bench_tracing(arguments.rounds, console))
 
 
 main()
