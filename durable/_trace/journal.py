@@ -165,7 +165,7 @@ def _said(parts: list[dict[str, Any]]) -> str:
         if part.get("part_kind") == "tool-call":
             said.append(call(part["tool_name"], part["args"]))
         elif part.get("part_kind") == "text":
-            said.append(part["content"])
+            said.append(written(part["content"]))
     return "; ".join(said)
 
 

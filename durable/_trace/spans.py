@@ -100,5 +100,5 @@ def _said(messages: list[dict[str, Any]]) -> str:
         if part.get("type") == "tool_call":
             said.append(call(part.get("name"), part.get("arguments")))
         elif part.get("type") == "text":
-            said.append(str(part.get("content", "")))
+            said.append(written(part.get("content")))
     return "; ".join(said)

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -54,29 +54,34 @@ def _add(tree: Tree, nodes: Sequence[Node], *, since: int, full: bool) -> None:
 
 
 def _line(node: Node, *, since: int, full: bool) -> RenderableType:
-    line = Text.assemble((node.name, "dim" if node.aside else "bold"))
-    style = "dim" if node.aside else ""
-    if node.ended is None:
-        line.append(f"  under way for {duration(time.time_ns() - node.began)}", "yellow")
-    elif node.ended > node.began:
-        line.append(f"  {duration(node.ended - node.began)}", style or "cyan")
-    if node.began >= since + SECOND // 1000:
-        line.append(f" at {duration(node.began - since)}", "dim")
-    for note in node.notes:
-        line.append(f"  {note}", style or "magenta")
-    content = [("(", node.given, ")", ""), ("→ ", node.result, "", "green")]
-    if node.failure is not None:
-        content.append(("", node.failure, "", "red"))
-    shown = [
-        Text(f"{before}{text}{after}", style) for before, text, after, style in content if text
-    ]
-    if full:
-        return Group(line, *shown)
-    for text in shown:
+    line = Text(node.name, "dim" if node.aside else "bold")
+    for text, style in _figures(node, since=since):
         line.append("  ")
-        line.append_text(Text(" ".join(text.plain.split()), text.style))
+        line.append(text, "dim" if node.aside else style)
+    content = [
+        (node.given and f"({node.given})", ""),
+        (node.result and f"→ {node.result}", "green"),
+        (node.failure, "red"),
+    ]
+    shown = [(text, style) for text, style in content if text]
+    if full:
+        return Group(line, *(Text(text, style) for text, style in shown))
+    for text, style in shown:
+        line.append("  ")
+        line.append(" ".join(text.split()), style)
     line.no_wrap, line.overflow = True, "ellipsis"
     return line
+
+
+def _figures(node: Node, *, since: int) -> Iterator[tuple[str, str]]:
+    if node.ended is None:
+        yield f"under way for {duration(time.time_ns() - node.began)}", "yellow"
+    elif node.ended > node.began:
+        yield duration(node.ended - node.began), "cyan"
+    if node.began >= since + SECOND // 1000:
+        yield f"at {duration(node.began - since)}", "dim"
+    for note in node.notes:
+        yield note, "magenta"
 
 
 def duration(nanoseconds: int) -> str:

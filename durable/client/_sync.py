@@ -171,7 +171,7 @@ class SyncClient:
         return self._do(self._operations.payloads(handle))
 
     def query(self, sql: str) -> list[dict[str, Any]]:
-        """Return rows of the server's tables, as `Client.query` does."""
+        """Return rows of the server's tables, such as `sys_invocation` and `sys_journal`."""
         return self._do(self._operations.query(sql))
 
     def progress(

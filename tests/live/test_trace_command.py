@@ -56,7 +56,7 @@ class Hosted:
         """Return what the command prints, with each time as `T`, and without when each began."""
         usual = ["--admin", self.ingress.server.admin_url, "--data", str(self.folder)]
         assert main(["trace", invocation, *usual, *options]) == 0
-        lines = TIME.sub("T", self._capsys.readouterr().out).replace(" at T", "").splitlines()
+        lines = TIME.sub("T", self._capsys.readouterr().out).replace("  at T", "").splitlines()
         return "\n".join(line.rstrip() for line in lines)
 
     def error(self, invocation: str, *options: str) -> str:
