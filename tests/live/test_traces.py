@@ -494,6 +494,13 @@ async def test_metrics_are_counted_once(traced: Traced) -> None:
         assert (suspended, counted["durable.replays"]) == (0, 1)  # that of the failed try
 
 
+async def test_without_logfire(traced: Traced) -> None:
+    """OpenTelemetry's own SDK is enough."""
+    async with traced.registered(TRACED_PROCESSORS="opentelemetry", LOGFIRE_IGNORE_NO_CONFIG="1"):
+        await traced.ingress.call("Traced/plain")
+    assert traced.run("plain") == expected(PLAIN.replace("      inside work\n", ""))
+
+
 async def test_baggage_groups_runs(traced: Traced) -> None:
     """What a caller sends along is an attribute of the run's spans, also of those of runs that it calls."""
     async with traced.registered():

@@ -14,10 +14,12 @@ from typing import Any
 import logfire
 import restate
 from openai import AsyncOpenAI
+from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
-from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import (
     BatchSpanProcessor,
     SimpleSpanProcessor,
@@ -72,10 +74,16 @@ PROCESSORS: dict[str, Callable[[], list[SpanProcessor]]] = {
     ],
     "logfire": lambda: [],
 }
-"""How spans get to the collector; `logfire` sends them as to Logfire, with a token, and `none` makes none."""
+"""How spans get to the collector; `logfire` sends them as to Logfire, with a token; `none` makes none, and with
+`opentelemetry` there is no Logfire."""
 
 processors = os.environ.get("TRACED_PROCESSORS", "simple")
-if processors != "none":
+if processors == "opentelemetry":
+    provider = TracerProvider(resource=Resource({"service.name": "worker"}))
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    trace.set_tracer_provider(provider)
+    Agent.instrument_all()
+elif processors != "none":
     logfire.configure(
         token="pylf_v1_local_canary" if processors == "logfire" else None,
         send_to_logfire=processors == "logfire",
