@@ -31,8 +31,8 @@ check: .venv/.ready ## lint, format and types only
 evals: .venv/.ready ## measure how good the agents are, pattern by pattern (ARGS='routing --repeat 3')
 	@$(BIN)/python -m evals $(ARGS)
 
-bench: .venv/.ready ## measure what durability costs, beside the plain agent and others
-	@$(BIN)/python -m tests.bench
+bench: .venv/.ready ## measure what durability costs, beside the plain agent and others (ARGS=--instructions: with valgrind)
+	@$(BIN)/python -m tests.bench $(ARGS)
 
 format: .venv/.ready ## format the code and apply safe fixes
 	@$(BIN)/ruff check --fix-only --quiet .

@@ -22,6 +22,7 @@ from rich.console import Console
 from durable._collector import Collector
 from durable.server import RestateServer
 from durable.worker import Worker
+from tests.bench.instructions import counting
 
 NO_OP, NO_OP_WAITING = "no-op base", "no-op base, waits 4 ms a step"
 SUBJECTS = (
@@ -46,6 +47,7 @@ HUNDRED = "33 2 0"
 """A run with 100 steps."""
 
 CONCURRENCY = 32
+RUNS_COUNTED = 4
 
 
 class Subject:
@@ -180,6 +182,28 @@ def environment() -> str:
     return f"Python {platform.python_version()}, {versions}"
 
 
+async def count_instructions(console: Console) -> None:
+    """Print how many instructions a step takes in each subject."""
+    millions: dict[str, float] = {}
+    async with (
+        RestateServer() as server,
+        httpx2.AsyncClient(base_url=server.ingress_url, timeout=600, trust_env=False) as http,
+    ):
+
+        async def runs(prompt: str) -> None:
+            for _ in range(RUNS_COUNTED):
+                (await http.post("/Bench/run", json=prompt)).raise_for_status()
+
+        for name in SUBJECTS:
+            async with counting(server, name) as count:
+                await runs(LONG)  # warms up
+                short, long = await count(lambda: runs(SHORT)), await count(lambda: runs(LONG))
+            millions[name] = (long - short) / RUNS_COUNTED / STEPS_BETWEEN
+            console.print(f"{name}: {millions[name]:.2f} million instructions per step")
+    floor = millions[NO_OP] + millions["bare ctx.run"]
+    console.print(f"\nours / ({NO_OP} + bare ctx.run) = {millions['ours'] / floor:.2f}")
+
+
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=bench.__doc__)
@@ -187,8 +211,13 @@ def main() -> None:
     parser.add_argument(
         "--only-tracing", action="store_true", help="leave out the comparison with others"
     )
+    parser.add_argument(
+        "--instructions", action="store_true", help="count instructions instead, with valgrind"
+    )
     arguments = parser.parse_args()
     console = Console(soft_wrap=True)
+    if arguments.instructions:
+        return asyncio.run(count_instructions(console))
     if not arguments.only_tracing:
         asyncio.run(bench(arguments.rounds, console))
     asyncio.run(bench_tracing(arguments.rounds, console))

@@ -16,7 +16,7 @@ from pydantic_ai.usage import UsageLimits
 
 import durable
 from durable.server import RestateServer
-from tests.live.hosting import AT_MOST_TWICE, Ingress, agent_service, hosted, serving
+from tests.live.hosting import AT_MOST_TWICE, Ingress, after, agent_service, hosted, serving
 from tests.live.scripted import calls, done
 
 pytestmark = pytest.mark.live
@@ -159,6 +159,29 @@ async def test_no_task_is_left_behind(server: RestateServer, ending: str) -> Non
         assert (await answer).status_code == status
     assert len(tasks) >= 6
     assert [task for task in tasks if not task.done()] == []
+
+
+async def test_a_step_that_is_given_up_runs_to_its_end_once(server: RestateServer) -> None:
+    """Nobody waits for it any more, but it is not cut off either: it would begin again on each replay."""
+    service = restate.Service("GivenUp")
+
+    async def slow() -> None:
+        done["began"] += 1
+        await asyncio.sleep(0.4)
+        done["ended"] += 1
+
+    @service.handler()
+    async def run(ctx: restate.Context) -> str:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await ctx.run_typed("slow", slow)
+        await asyncio.sleep(0.6)
+        await ctx.run_typed("after", after)
+        return "over"
+
+    async with hosted(server, service) as ingress:
+        assert await ingress.call("GivenUp/run") == "over"
+    assert done == {"began": 1, "ended": 1}
 
 
 async def test_handler_code_does_not_catch_a_suspension(server: RestateServer) -> None:
