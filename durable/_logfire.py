@@ -36,6 +36,7 @@ def configure_logfire(**options: Any) -> None:
     """
     if not logfire_is_configured():
         options.setdefault("send_to_logfire", "if-token-present")
+        options.setdefault("distributed_tracing", True)  # Restate and callers send their trace
         logfire.configure(**options)
     elif options:
         raise UserError(

@@ -143,7 +143,12 @@ async def _evals(arguments: Arguments, console: Console) -> int:
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    logfire.configure(console=False, send_to_logfire="if-token-present", service_name="evals")
+    logfire.configure(
+        console=False,
+        send_to_logfire="if-token-present",
+        service_name="evals",
+        distributed_tracing=True,
+    )
     durable.configure_logfire()
     thresholds = _thresholds()
     loaded = {name: load(name) for name in arguments.patterns or EVAL_PATTERNS}

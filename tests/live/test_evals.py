@@ -51,7 +51,7 @@ SERVICES = (
 
 @pytest.fixture(autouse=True)
 def _instrumented(monkeypatch: pytest.MonkeyPatch) -> None:
-    logfire.configure(send_to_logfire=False, console=False)
+    logfire.configure(send_to_logfire=False, console=False, distributed_tracing=True)
     durable.configure_logfire()
     monkeypatch.setattr(DEFAULT_MODEL, "wrapped", DEFAULT_MODEL.wrapped)
 

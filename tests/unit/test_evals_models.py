@@ -21,7 +21,7 @@ from evals.sloppy import spoiled
 @pytest.fixture(autouse=True)
 def _instrumented() -> Generator[None]:
     """Behavioural checks read spans; the model of the agents is put back."""
-    logfire.configure(send_to_logfire=False, console=False)
+    logfire.configure(send_to_logfire=False, console=False, distributed_tracing=True)
     durable.configure_logfire()
     before = DEFAULT_MODEL.wrapped
     yield
