@@ -21,7 +21,7 @@ dev: .venv/.ready ## serve the patterns with reload on a persistent server
 	@$(BIN)/durable dev services:app
 
 test: .venv/.ready ## run all tests: unit, live (real restate-server), types, lint
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 check: .venv/.ready ## lint, format and types only
 	@$(BIN)/ruff check .

@@ -5,9 +5,11 @@
 
 import asyncio
 import importlib
+import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -178,11 +180,23 @@ def _require_free(port: int) -> None:
 
 async def _serve(app: Any, config: Config) -> None:
     stop = asyncio.Event()
+    _quiet_when(stop)
     # Through the SDK because its ASGI app takes SIGTERM over at the first request, to suspend what
     # runs; hypercorn alone would not hear of it again and never end.
     for number in (signal.SIGTERM, signal.SIGINT):
         install_shutdown_hook(asyncio.get_running_loop(), stop.set, number)
     await serve_asgi(app, config, shutdown_trigger=stop.wait, mode="asgi")
+
+
+def _quiet_when(stop: asyncio.Event) -> None:
+    """Log no more errors once the worker stops: what it cuts off then is no news, Restate tries it again."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return record.exc_info is None or not stop.is_set()
+
+    for name in ("hypercorn.error", "restate.server", "asyncio"):
+        logging.getLogger(name).addFilter(is_news)
+    warnings.filterwarnings("ignore", "coroutine 'TCPServer._idle_timeout' was never awaited")
 
 
 def load_app(app: str) -> Any:

@@ -73,7 +73,7 @@ async def test_a_run_of_a_pattern(
     client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Appended to the pattern's dataset it is a case like the others, and the suite runs it."""
-    logfire.configure(send_to_logfire=False, console=False)
+    logfire.configure(send_to_logfire=False, console=False, distributed_tracing=True)
     durable.configure_logfire()
     cases = load("routing").dataset.cases
     model = ReferenceModel(exchanges_of("routing", cases))

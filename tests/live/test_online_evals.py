@@ -312,6 +312,7 @@ async def test_telemetry(server: RestateServer) -> None:
         console=False,
         additional_span_processors=[SimpleSpanProcessor(spans)],
         advanced=logfire.AdvancedOptions(log_record_processors=[SimpleLogRecordProcessor(events)]),
+        distributed_tracing=True,
     )
     durable.configure_logfire()
     evaluation = evaluating(Seen(), Broken())

@@ -232,3 +232,21 @@ class TestWorker:
         with pytest.raises(WorkerError, match="exited with code 2"):
             await worker.start()
         assert len((tmp_path / "worker.log").read_text().splitlines()) == 1
+
+
+async def test_a_worker_stops_quietly(project: Path, tmp_path: Path) -> None:
+    """Although a step is cut off, and restate-server keeps its connection open."""
+    log = tmp_path / "log"
+    async with (
+        RestateServer() as server,
+        Worker("hosted:app", cwd=project, log_file=log) as worker,
+        httpx2.AsyncClient(base_url=server.ingress_url, trust_env=False) as http,
+    ):
+        await server.register(worker.url)
+        await http.post("/Sleeper/nap/send")
+        running = "SELECT id FROM sys_invocation WHERE status = 'running'"
+        async with asyncio.timeout(20):
+            while not await server.query(running):  # noqa: ASYNC110 - another process runs it
+                await asyncio.sleep(0.05)
+        await worker.stop()
+    assert "Traceback" not in log.read_text()
