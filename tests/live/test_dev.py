@@ -1,5 +1,6 @@
 """`durable dev` and `durable server` as a user runs them: real processes, stopped with Ctrl-C."""
 
+import fcntl
 import json
 import os
 import shlex
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Generator, Sequence
@@ -89,13 +91,16 @@ class Command:
 
 @contextmanager
 def durable(directory: Path, *arguments: str) -> Generator[Command]:
-    command = Command(directory, arguments)
-    try:
-        yield command
-    finally:
-        if command.process.poll() is None:
-            command.stop()
-    assert processes_in(directory) == []
+    # one at a time, also of tests in other processes: they all want the usual ports
+    with (Path(tempfile.gettempdir()) / "durable-usual-ports.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = Command(directory, arguments)
+        try:
+            yield command
+        finally:
+            if command.process.poll() is None:
+                command.stop()
+        assert processes_in(directory) == []
 
 
 def processes_in(directory: Path) -> list[str]:
