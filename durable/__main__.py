@@ -73,14 +73,17 @@ def _export_case(options: argparse.Namespace) -> None:
 
 
 def _trace(options: argparse.Namespace) -> None:
-    show_trace(
-        Handle.parse(options.id),
-        admin_url=options.admin,
-        spans=spans_file(options.data),
-        journal=options.journal,
-        full=options.full,
-        svg=options.svg,
-    )
+    try:
+        show_trace(
+            Handle.parse(options.id),
+            admin_url=options.admin,
+            spans=spans_file(options.data),
+            journal=options.journal,
+            full=options.full,
+            svg=options.svg,
+        )
+    except OSError as error:
+        raise RejectedInput(str(error)) from error
 
 
 def _parser() -> argparse.ArgumentParser:

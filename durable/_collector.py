@@ -10,10 +10,12 @@ restate-server sends (OTLP/gRPC). Each span becomes one line of JSON.
 
 import asyncio
 import gzip
+import os
 import socket
 import threading
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -28,7 +30,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as ProtoSpan
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
 
 from durable._process import HOST
@@ -102,6 +104,7 @@ class Collector:
 
     def __enter__(self) -> Self:
         self.file.parent.mkdir(parents=True, exist_ok=True)
+        self._append(b"\n")  # behind what a collector that was killed has begun to write
         listening = socket.create_server((HOST, 0))
         self.url = f"http://{HOST}:{listening.getsockname()[1]}"
         self._stop = threading.Event()
@@ -191,19 +194,29 @@ class Collector:
         lines = b"".join(to_json(span) + b"\n" for span in _spans(message))
         if self.file.exists() and self.file.stat().st_size > MAX_FILE_SIZE:
             self.file.replace(_before(self.file))
-        with self.file.open("ab", buffering=0) as file:
+        self._append(lines)
+
+    def _append(self, lines: bytes) -> None:
+        # prompts and answers are for nobody else on this machine
+        with open(self.file, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
             file.write(lines)
 
 
 def read_spans(file: Path) -> Iterator[Span]:
     """Return the spans that a collector has put into `file`, in the order of arrival."""
     for lines in _parts(file):
-        yield from map(_SPAN.validate_json, lines)
+        yield from _read(lines)
+
+
+def _read(lines: Iterable[bytes]) -> Iterator[Span]:
+    for line in lines:
+        with suppress(ValidationError):  # cut off when its collector was killed
+            yield _SPAN.validate_json(line)
 
 
 def _parts(file: Path) -> Iterator[list[bytes]]:
     for part in (_before(file), file):
-        if part.exists():
+        with suppress(FileNotFoundError):
             *lines, _unfinished = part.read_bytes().split(b"\n")
             yield lines
 
@@ -212,10 +225,10 @@ def spans_of(file: Path, attribute: str, value: str) -> list[Span]:
     """Return the spans of the traces in which a span has `attribute` with `value`."""
     lines = [line for part in _parts(file) for line in part]
     sought = to_json(value)
-    found = (_SPAN.validate_json(line) for line in lines if sought in line)
+    found = _read(line for line in lines if sought in line)
     traces = {to_json(it.trace_id) for it in found if it.attributes.get(attribute) == value}
     # of all that is in the file, only those are read as spans
-    return [_SPAN.validate_json(line) for line in lines if any(it in line for it in traces)]
+    return list(_read(line for line in lines if any(it in line for it in traces)))
 
 
 def latest(spans: Iterable[Span]) -> list[Span]:
@@ -253,7 +266,7 @@ def _span(span: ProtoSpan, *, service: str, scope: str) -> Span:
     span_id, parent_id = span.span_id.hex(), span.parent_span_id.hex()
     pending = attributes.get("logfire.span_type") == "pending_span"
     if pending:  # it lies under the span that it is for
-        span_id, parent_id = parent_id, str(attributes["logfire.pending_parent_id"])
+        span_id, parent_id = parent_id, str(attributes.get("logfire.pending_parent_id", ""))
     return Span(
         trace_id=span.trace_id.hex(),
         span_id=span_id,

@@ -5,6 +5,7 @@ edit a file -> worker restarts on the same port -> registered again -> open invo
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ async def run_dev(
         WorkerError: When the worker does not start and no change of the code could mend that.
     """
     console = _console()
+    _ignored_by_git(data)
     with Collector(spans_file(data)) as collector:
         tracing = {"RESTATE_TRACING_ENDPOINT": collector.url}
         async with options.server(None if _traces_elsewhere() else tracing) as server:
@@ -110,9 +112,14 @@ def spans_file(data: Path) -> Path:
     return data / "spans.jsonl"
 
 
+def _ignored_by_git(data: Path) -> None:
+    data.mkdir(parents=True, exist_ok=True)
+    (data / ".gitignore").write_text("*\n")
+
+
 def _traces_elsewhere() -> bool:
     """Whether the environment sends restate-server's spans somewhere."""
-    return any(name.startswith("RESTATE_TRACING_") for name in os.environ)
+    return any(re.fullmatch(r"RESTATE_TRACING_\w*ENDPOINT", name) for name in os.environ)
 
 
 class _Development:
@@ -221,10 +228,20 @@ def _print_addresses(console: Console, server: RestateServer, *, spans: Path | N
         ("admin", server.admin_url),
         ("UI", server.ui_url),
         ("log", server.log_file),
-        ("spans", spans and f"{spans}, shown by: durable trace INVOCATION"),
+        (
+            "spans",
+            spans and f"{spans}, shown by: durable trace INVOCATION{_options(server, spans)}",
+        ),
     ):
         if value is not None:
             console.print(f"  {name:<8} {value}", markup=False)
+
+
+def _options(server: RestateServer, spans: Path) -> str:
+    """Return what the client's commands have to be told about ports and places that are not the usual ones."""
+    admin = "" if server.admin_url.endswith(f":{ADMIN_PORT}") else f" --admin {server.admin_url}"
+    data = "" if spans.parent == Path(".durable") else f" --data {spans.parent}"
+    return admin + data
 
 
 def _describe(services: Sequence[Mapping[str, Any]], *, ingress_url: str) -> Iterator[str]:

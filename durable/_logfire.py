@@ -1,14 +1,16 @@
 """`durable.configure_logfire`, the one line for Logfire, and where `durable dev` gets its spans from."""
 
+import logging
 from typing import Any
 
 import logfire
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.trace import SynchronousMultiSpanProcessor, TracerProvider
+from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from pydantic_ai.exceptions import UserError
+from requests import Session
 
 from durable._sdk import (
     PendingSpanProcessor,
@@ -16,6 +18,8 @@ from durable._sdk import (
     logfire_is_configured,
     scrubbed,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def configure_logfire(**options: Any) -> None:
@@ -59,14 +63,16 @@ def send_spans_to(endpoint: str) -> None:
     """
     if not logfire_is_configured() and not isinstance(trace.get_tracer_provider(), TracerProvider):
         configure_logfire(send_to_logfire=False, console=False)
-    exported = BatchSpanProcessor(
-        OTLPSpanExporter(f"{endpoint}/v1/traces"), schedule_delay_millis=_DELAY
-    )
-    both = SynchronousMultiSpanProcessor()
-    both.add_span_processor(exported)
-    both.add_span_processor(PendingSpanProcessor(RandomIdGenerator(), exported))
     provider: Any = trace.get_tracer_provider()
-    provider.add_span_processor(scrubbed(both))
+    if not hasattr(provider, "add_span_processor"):
+        logger.warning("%s tells nobody of its spans, so they are not collected.", provider)
+        return
+    session = Session()
+    session.trust_env = False  # a proxy from the environment must not get what is for this machine
+    exporter = OTLPSpanExporter(f"{endpoint}/v1/traces", session=session)
+    exported = scrubbed(BatchSpanProcessor(exporter, schedule_delay_millis=_DELAY))
+    provider.add_span_processor(exported)
+    provider.add_span_processor(PendingSpanProcessor(RandomIdGenerator(), exported))
 
 
 _DELAY = 100  # milliseconds, so that a worker that is killed loses little

@@ -2,6 +2,7 @@
 
 import os
 import time
+import unicodedata
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
@@ -53,7 +54,7 @@ def list_runs(client: SyncClient, *, service: str | None, status: str | None, li
             _status(it),
             f"{it.created_at.astimezone():%Y-%m-%d %H:%M:%S}",
             _seconds(it.created_at, it.completed_at),
-            Text(it.failure or it.last_failure or ""),
+            printable(it.failure or it.last_failure or ""),
         )
     console = program_console()
     console.print(table if table.rows else "No invocation fits.")
@@ -87,7 +88,7 @@ def _view(invocation: Invocation, steps: Sequence[Step], *, left_out: int) -> Re
     for step in steps:
         style = _STYLES[step.status]
         took = _seconds(step.started_at, step.ended_at)
-        table.add_row(Text(step.name), Text(step.status, style), took)
+        table.add_row(printable(step.name), Text(step.status, style), took)
     head, *failure = headline(invocation)
     return Group(head, table, *failure)
 
@@ -97,7 +98,22 @@ def headline(invocation: Invocation) -> list[Text]:
     head = Text.assemble((invocation.target, "bold"), "  ", _status(invocation), "  ")
     head.append(_seconds(invocation.created_at, invocation.completed_at))
     failure = invocation.failure or invocation.last_failure
-    return [head, *([Text(failure, "red")] if failure else [])]
+    return [head, *([printable(failure, "red")] if failure else [])]
+
+
+def printable(text: str, style: str = "") -> Text:
+    """Return text of a model, a tool or an error so that the terminal obeys nothing in it."""
+    return Text("".join(map(_harmless, text)), style)
+
+
+def _harmless(character: str) -> str:
+    if character in "\n\t" or unicodedata.category(character) not in _OBEYED:
+        return character
+    return character.encode("unicode_escape").decode()
+
+
+_OBEYED = {"Cc", "Cf", "Cs"}
+"""Control and format characters, which may move the cursor or turn the line around, and lone surrogates."""
 
 
 def _status(invocation: Invocation) -> Text:

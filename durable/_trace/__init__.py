@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Group
 from rich.text import Text
 
 from durable._runs import admin_client, headline, program_console
@@ -43,19 +42,26 @@ def show_trace(
         Unreachable: When only the server could know it, and does not answer.
     """
     trees: Sequence[Node] = () if journal else read_span_trees(spans, str(handle))
-    head: list[Text] = []
+    over = False
     try:
         with admin_client(admin_url) as client:
-            head = headline(client.status(handle))
+            invocation = client.status(handle)
+            head, over = headline(invocation), invocation.status == "completed"
             trees = trees or [replace(read_journals(client, handle), failure=None)]
-    except ClientError:
+    except ClientError as error:
         if not trees:
             raise
-        head = [Text(f"{handle}: the server does not tell about it", "dim")]
+        head = [Text(f"{handle}, of which the server does not tell: {error}", "dim")]
     console = program_console(record=svg is not None)
     if svg is not None and not console.is_terminal:
         console.width = _WIDTH
-    console.print(Group(*head, *(draw(tree, full=full) for tree in trees)), soft_wrap=full)
+    for line in head:
+        console.print(line)
+    for line in (it for tree in trees for it in draw(tree, console.width, over=over, full=full)):
+        if full:
+            console.print(line, soft_wrap=svg is None)
+        else:
+            console.print(line, no_wrap=True, overflow="ellipsis")
     if svg is not None:
         console.save_svg(str(svg), title=f"durable trace {handle}", code_format=_SVG)
 

@@ -4,20 +4,27 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any, NamedTuple, cast
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json
 
 from durable._names import AGENT_RUN
 from durable._trace.tree import SECOND, Node, call, cost, duration, tokens, written
-from durable.client import Handle, NotFound, SyncClient
+from durable.client import ClientError, Handle, SyncClient
 
 _TIME = TypeAdapter(datetime)
 _UNSEEN = {"Input", "Output"}
 """Entries that the line of the invocation itself speaks for."""
 
 
-def read_journals(client: SyncClient, handle: Handle[object]) -> Node:
+def read_journals(
+    client: SyncClient, handle: Handle[object], *, callers: frozenset[str] = frozenset()
+) -> Node:
     """Return the tree of an invocation.
+
+    Args:
+        client: Knows the admin API.
+        handle: The invocation.
+        callers: Those that wait for it.
 
     Raises:
         NotFound: When the server does not know it.
@@ -29,7 +36,7 @@ def read_journals(client: SyncClient, handle: Handle[object]) -> Node:
         ended=invocation.completed_at and _ns(invocation.completed_at),
         failure=invocation.failure or invocation.last_failure,
     )
-    journal = _Journal(client, handle)
+    journal = _Journal(client, handle, callers | {str(handle)})
     node.result = journal.output
     node.children = [*journal.nodes()]
     return node
@@ -46,8 +53,9 @@ class _Completion(NamedTuple):
 class _Journal:
     """The entries of one invocation."""
 
-    def __init__(self, client: SyncClient, handle: Handle[object]) -> None:
+    def __init__(self, client: SyncClient, handle: Handle[object], callers: frozenset[str]) -> None:
         self._client = client
+        self._callers = callers
         self.output = ""
         self._commands: list[tuple[str, Mapping[str, Any], int]] = []
         self._completions: dict[int, _Completion] = {}
@@ -55,7 +63,7 @@ class _Journal:
         for row in client.query(
             f"SELECT entry_json, appended_at FROM sys_journal WHERE id = '{handle}' ORDER BY index"
         ):
-            self._read(from_json(row["entry_json"]), _at(row))
+            self._read(from_json(row.get("entry_json", "{}")), _at(row))
         # by the number of the command that failed
         self._tries: dict[int | None, list[Node]] = {}
         for row in client.query(
@@ -74,16 +82,16 @@ class _Journal:
             if kind == "Output":
                 completion = _completion(at, it["result"])
                 self.output = _shown(completion.value)
-        elif "Completion" in entry["Notification"]:
+        elif "Completion" in entry.get("Notification", {}):
             [(_, it)] = entry["Notification"]["Completion"].items()
             self._completions[it["completion_id"]] = _completion(at, it.get("result"))
-        else:
+        elif "Signal" in entry.get("Notification", {}):
             it = entry["Notification"]["Signal"]
             [name] = it["id"].values()
             completion = _completion(at, it["result"])
             self._signals.append(
                 Node(
-                    name=f"signal {name}",
+                    name="cancel" if name == _CANCEL else f"signal {name}",
                     began=at,
                     ended=at,
                     result=_shown(completion.value),
@@ -100,14 +108,14 @@ class _Journal:
         ]
         found = [it for it in nodes if it is not None] + self._signals
         yield from sorted(found, key=lambda it: it.began)
-        yield from self._tries.get(None, [])
+        for tries in self._tries.values():  # of what is not shown, or of nothing in particular
+            yield from tries
 
     def _node(self, number: int, kind: str, it: Mapping[str, Any], at: int) -> Node | None:
         id: Any = it.get("result_completion_id", it.get("completion_id"))
         completion = self._completions.get(id)
-        node = Node(
-            name=f"{_words(kind)} {it.get('name') or it.get('key') or ''}", began=at, ended=at
-        )
+        name = f"{_words(kind)} {it.get('name') or it.get('key') or ''}".strip()
+        node = Node(name=name, began=at, ended=at)
         if id is not None:
             node.ended = completion and completion.at
         if completion is not None:
@@ -116,46 +124,71 @@ class _Journal:
         if kind == "Run":
             _tell_step(node, it["name"], completion)
         elif kind in {"Call", "OneWayCall"}:
-            return self._called(node, kind, it)
+            if not self._called(node, kind, it["request"]):
+                return None
         elif kind == "Sleep":
             node.notes.append(f"for {duration(it['wake_up_time'] * (SECOND // 1000) - at)}")
-        node.children += self._tries.get(number, [])
+        node.children += self._tries.pop(number, [])
         return node
 
-    def _called(self, node: Node, kind: str, it: Mapping[str, Any]) -> Node | None:
-        """Show the run of another handler under the call."""
-        request = it["request"]
+    def _called(self, node: Node, kind: str, request: Mapping[str, Any]) -> bool:
+        """Show the run of another handler under the call, and return whether the call is to be shown."""
         [target] = request["invocation_target"].values()
         if target["name"] == AGENT_RUN:
-            return None
-        verb = "call" if kind == "Call" else "send"
-        node.name = f"{verb} {target['name']}/{target['handler']}"
+            return False
+        called = request["invocation_id"]
+        if kind == "OneWayCall":  # a run of its own, which may have sent others, and so on
+            node.name = f"send {target['name']}/{target['handler']}"
+            node.notes.append(called)
+            return True
+        node.name = f"call {target['name']}/{target['handler']}"
+        if called in self._callers or len(self._callers) >= _DEPTH:
+            node.notes.append(called)
+            return True
         try:
-            node.children.append(read_journals(self._client, Handle(request["invocation_id"])))
+            tree = read_journals(self._client, Handle(called), callers=self._callers)
+        except ClientError:  # forgotten, or not begun
+            node.notes.append(called)
+        else:
+            node.children.append(tree)
             node.result, node.failure = "", None  # its own line says it
-        except NotFound:
-            pass  # forgotten, or not begun
-        return node
+        return True
+
+
+_DEPTH = 20
+"""How many calls within calls are shown."""
+
+_CANCEL = 1
+"""The number of the signal with which Restate cancels."""
 
 
 def _tell_step(node: Node, name: str, completion: _Completion | None) -> None:
     node.name = name
     value = completion and completion.value
-    if not isinstance(value, dict) or "at" not in value:
+    if not isinstance(value, dict) or value.keys() - {"at", "result", "usage"} or "at" not in value:
         return  # not a step of this library
     entry = cast("dict[str, Any]", value)
-    node.began, node.ended = (int(it * SECOND) for it in entry["at"])
+    try:
+        began, ended = _TIMES.validate_python(entry["at"])
+    except ValidationError:
+        return
+    node.began, node.ended = int(began * SECOND), int(ended * SECOND)
     result = entry.get("result")
     node.result = _shown(result)
-    if isinstance(result, dict) and "usage" in result and "parts" in result:
-        response = cast("dict[str, Any]", result)
-        node.notes += tokens(response["usage"]) + cost(response["usage"].get("cost"))
-        node.result = _said(response["parts"])
-    elif isinstance(result, dict) and "kind" in result:
-        outcome = cast("dict[str, Any]", result)
+    if not isinstance(result, dict):
+        return
+    outcome = cast("dict[str, Any]", result)
+    if "__model." in name and isinstance(outcome.get("usage"), dict):
+        usage = cast("dict[str, Any]", outcome["usage"])
+        node.notes += tokens(usage) + cost(usage.get("cost"))
+        node.result = _said(outcome.get("parts", []))
+    elif ".call_tool" in name and "kind" in outcome:
         if outcome["kind"] != "tool_return":
             node.notes.append(_words(str(outcome["kind"])))
         node.result = _shown(outcome.get("result", outcome.get("message")))
+
+
+_TIMES = TypeAdapter(tuple[float, float])
 
 
 def _said(parts: list[dict[str, Any]]) -> str:
@@ -170,7 +203,7 @@ def _said(parts: list[dict[str, Any]]) -> str:
 
 
 def _completion(at: int, result: Any) -> _Completion:
-    if not isinstance(result, dict):
+    if not isinstance(result, dict) or len(cast("dict[str, Any]", result)) != 1:
         return _Completion(at, None, None)
     [(kind, it)] = cast("dict[str, Any]", result).items()
     if kind == "Failure":
@@ -182,7 +215,10 @@ def _value(content: Any) -> Any:
     """Read a value that the journal holds: JSON, or else text as far as it is any."""
     if not isinstance(content, list):
         return content
-    raw = bytes(cast("list[int]", content))
+    try:
+        raw = bytes(cast("list[int]", content))
+    except (TypeError, ValueError):
+        return cast("list[object]", content)
     try:
         return from_json(raw) if raw else None
     except ValueError:

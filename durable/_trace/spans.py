@@ -1,11 +1,13 @@
 """The tree of a run from the spans that `durable dev` has collected."""
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from durable._collector import Span, latest, spans_of
 from durable._trace.tree import Node, call, cost, tokens, written
@@ -28,11 +30,18 @@ def read_span_trees(file: Path, invocation: str) -> list[Node]:
         node.children = [*_brief(map(tree, under[span.span_id]))]
         return node
 
-    roots = [
-        span
-        for span in spans
-        if _of(span) == invocation and _of(by_id.get(span.parent_id or "")) != invocation
-    ]
+    def inside(span: Span) -> bool:
+        """Whether the span lies under another one of the invocation."""
+        seen = {span.span_id}
+        above = by_id.get(span.parent_id or "")
+        while above is not None and above.span_id not in seen:
+            if _of(above) == invocation:
+                return True
+            seen.add(above.span_id)
+            above = by_id.get(above.parent_id or "")
+        return False
+
+    roots = [it for it in spans if _of(it) == invocation and not inside(it)]
     roots.sort(key=lambda it: it.start)
     return [tree for tree in map(tree, roots) if not _empty(tree)]
 
@@ -79,24 +88,37 @@ def _node(span: Span) -> Node:
 
 
 def _failure(span: Span) -> str | None:
-    if span.error is None:
-        return None
-    for event in span.events:
-        if "exception.message" in event.attributes and not span.error:
-            return str(event.attributes["exception.message"])
-    return span.error or "failed"
+    return None if span.error is None else span.error or "failed"
 
 
 def _result(attributes: Mapping[str, Any]) -> str:
     if "gen_ai.output.messages" in attributes:
-        return _said(json.loads(attributes["gen_ai.output.messages"]))
+        return _said(attributes["gen_ai.output.messages"])
     return written(attributes.get("gen_ai.tool.call.result", attributes.get("final_result")))
 
 
-def _said(messages: list[dict[str, Any]]) -> str:
+class _Part(TypedDict, total=False):
+    type: str
+    name: str
+    arguments: Any
+    content: Any
+
+
+class _Message(TypedDict, total=False):
+    parts: list[_Part]
+
+
+_MESSAGES = TypeAdapter(list[_Message])
+
+
+def _said(messages: object) -> str:
     """Write what a model answered, from the messages as OpenTelemetry has them."""
+    try:
+        known = _MESSAGES.validate_json(messages if isinstance(messages, str) else "")
+    except ValidationError:  # cut off by a limit, or of another shape
+        return written(messages)
     said: list[str] = []
-    for part in (part for message in messages for part in message.get("parts", [])):
+    for part in (part for message in known for part in message.get("parts", [])):
         if part.get("type") == "tool_call":
             said.append(call(part.get("name"), part.get("arguments")))
         elif part.get("type") == "text":

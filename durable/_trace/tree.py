@@ -1,14 +1,16 @@
 """A run as a tree of lines: what was done, when and for how long, with which outcome."""
 
 import json
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from rich.console import Group, RenderableType
+from pydantic_core import from_json
 from rich.text import Text
-from rich.tree import Tree
+
+from durable._runs import printable
 
 SECOND = 1_000_000_000
 """Times are in nanoseconds since the epoch, as OpenTelemetry has them."""
@@ -36,26 +38,35 @@ class Node:
     """Whether it only tells what the server did around the run."""
 
 
-def draw(root: Node, *, full: bool) -> RenderableType:
-    """Return what to print for `root` and all below it.
+def draw(root: Node, width: int, *, over: bool, full: bool) -> Iterator[Text]:
+    """Return the lines to print for `root` and all below it.
 
     Args:
         root: The tree.
+        width: How many characters fit into a line.
+        over: Whether nothing is under way any more.
         full: Whether arguments and results take as many lines as they need.
     """
-    tree = Tree(_line(root, since=root.began, full=full), guide_style="dim")
-    _add(tree, root.children, since=root.began, full=full)
-    return tree
+    nodes = [(root, "", "", over)]
+    while nodes:
+        node, branch, below, over = nodes.pop()
+        for number, line in enumerate(_lines(node, since=root.began, over=over, full=full)):
+            # of a very deep tree only the innermost branches
+            guide = (below if number else branch)[-width // 2 :]
+            yield Text.assemble((guide, "dim"), line)
+        ended = over or node.ended is not None
+        for child in reversed(node.children):
+            last = child is node.children[-1]
+            branches = (
+                f"{below}{'└── ' if last else '├── '}",
+                f"{below}{'    ' if last else '│   '}",
+            )
+            nodes.append((child, *branches, ended))
 
 
-def _add(tree: Tree, nodes: Sequence[Node], *, since: int, full: bool) -> None:
-    for node in nodes:
-        _add(tree.add(_line(node, since=since, full=full)), node.children, since=since, full=full)
-
-
-def _line(node: Node, *, since: int, full: bool) -> RenderableType:
-    line = Text(node.name, "dim" if node.aside else "bold")
-    for text, style in _figures(node, since=since):
+def _lines(node: Node, *, since: int, over: bool, full: bool) -> Iterator[Text]:
+    line = printable(node.name, "dim" if node.aside else "bold")
+    for text, style in _figures(node, since=since, over=over):
         line.append("  ")
         line.append(text, "dim" if node.aside else style)
     content = [
@@ -65,17 +76,19 @@ def _line(node: Node, *, since: int, full: bool) -> RenderableType:
     ]
     shown = [(text, style) for text, style in content if text]
     if full:
-        return Group(line, *(Text(text, style) for text, style in shown))
+        yield line
+        yield from (printable(it, style) for text, style in shown for it in text.splitlines())
+        return
     for text, style in shown:
         line.append("  ")
-        line.append(" ".join(text.split()), style)
-    line.no_wrap, line.overflow = True, "ellipsis"
-    return line
+        line.append_text(printable(" ".join(text.split()), style))
+    yield line
 
 
-def _figures(node: Node, *, since: int) -> Iterator[tuple[str, str]]:
+def _figures(node: Node, *, since: int, over: bool) -> Iterator[tuple[str, str]]:
     if node.ended is None:
-        yield f"under way for {duration(time.time_ns() - node.began)}", "yellow"
+        running = f"under way for {duration(time.time_ns() - node.began)}"
+        yield ("not finished" if over else running), "yellow"
     elif node.ended > node.began:
         yield duration(node.ended - node.began), "cyan"
     if node.began >= since + SECOND // 1000:
@@ -89,11 +102,11 @@ def duration(nanoseconds: int) -> str:
     seconds = nanoseconds / SECOND
     if seconds < 0.001:
         return "<1 ms"
-    if seconds < 1:
+    if seconds < 0.9995:
         return f"{seconds * 1000:.0f} ms"
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
-    whole = int(seconds)
+    whole = round(seconds)
     size, unit, smaller, smaller_unit = next(it for it in _UNITS if whole >= it[0])
     return f"{whole // size} {unit} {whole % size // smaller} {smaller_unit}"
 
@@ -110,7 +123,8 @@ def tokens(usage: Mapping[str, Any], *, prefix: str = "") -> list[str]:
 
 def cost(dollars: object) -> list[str]:
     """Return the note for a cost."""
-    return [f"${float(dollars):.4g}"] if isinstance(dollars, int | float | str) else []
+    known = isinstance(dollars, int | float) and math.isfinite(dollars)
+    return [f"${dollars:.4g}"] if known else []
 
 
 def call(name: object, arguments: object) -> str:
@@ -136,7 +150,7 @@ def _parsed(text: str) -> str:
     """Write text that is the JSON of an object as the object."""
     if text.startswith("{"):
         try:
-            return written(json.loads(text))
+            return written(from_json(text))
         except ValueError:
             return text
     return text

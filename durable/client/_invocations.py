@@ -68,7 +68,7 @@ class Invocation(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     id: str
-    target: str
+    target: str = ""
     """The handler: `Service/handler`, or `Object/key/handler`."""
 
     status: str

@@ -166,11 +166,11 @@ async def bench_tracing(rounds: int, console: Console) -> None:
                     seconds = await subject.cpu(lambda of=subject: of.run(HUNDRED))
                     if number:  # the first round warms up
                         spent[name].append(seconds * 1000)
-            spans = len(collector.spans())
+        spans = len(collector.spans())  # the worker has sent its last ones
     without, traced_run = (statistics.median(it) for it in spent.values())
     console.print(
         f"\n100-step run: {without:.0f} ms of CPU without tracing, {traced_run:.0f} ms with it "
-        f"({traced_run / without:.2f} x, {spans // (rounds + 1)} spans a run, of which half are pending ones)"
+        f"({traced_run / without:.2f} x, {spans // (rounds + 1)} spans a run, those that tell of a beginning included)"
     )
 
 

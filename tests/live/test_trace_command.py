@@ -123,6 +123,23 @@ Traced/delegating  T  → inner=work=worked
 """)
 
 
+async def test_a_run_that_sends_others(hosted: Hosted) -> None:
+    """What it waited for lies under it; what it has sent is named."""
+    invocation = await start(hosted.ingress, "Traced/relay", "plain")
+    await hosted.collected("invocation-end Traced/relay")
+    shown = hosted.trace(invocation, "--journal")
+    assert re.sub(r"inv_1\w+", "ID", shown) == expected("""\
+Traced/relay  success  T
+Traced/relay  T  → work=worked
+├── call Traced/plain  T
+│   └── Traced/plain  T  → work=worked
+│       ├── plain__model.request  T  51 → 2 tokens  → work()
+│       ├── plain__function_toolset__<agent>.call_tool:work  T  → worked
+│       └── plain__model.request  T  52 → 3 tokens  → work=worked
+└── send Traced/metrics  ID
+""")
+
+
 async def test_tries_that_failed(hosted: Hosted) -> None:
     """They lie under what was tried, with the error."""
     invocation = await hosted.run("failing")
@@ -186,9 +203,9 @@ async def test_the_server_is_away(hosted: Hosted) -> None:
     invocation = await hosted.run("plain")
     [port] = free_ports(1)
     nobody = ["--admin", f"http://127.0.0.1:{port}"]
-    assert hosted.trace(invocation, *nobody).startswith(
-        f"{invocation}: the server does not tell about it\ningress Traced/plain"
-    )
+    shown = hosted.trace(invocation, *nobody)
+    assert shown.startswith(f"{invocation}, of which the server does not tell: Restate's admin API")
+    assert "\ningress Traced/plain" in shown
     assert "admin API does not answer" in hosted.error(invocation, "--journal", *nobody)
 
 

@@ -97,3 +97,43 @@ def test_another_provider(instrumented: bool) -> None:
         print(run())
     """
     assert printed(code) == f"({TRACED if instrumented else []}, {instrumented})"
+
+
+COLLECTED = """
+    import tempfile
+    from pathlib import Path
+    from durable._collector import Collector
+    from durable._logfire import send_spans_to
+
+    with Collector(Path(tempfile.mkdtemp()) / "spans.jsonl") as collector:
+        send_spans_to(collector.url)
+        tracer = trace.get_tracer("program")
+        with tracer.start_as_current_span("a span", attributes={"password": "hunter2"}):
+            asyncio.run(agent.run("go"))
+        trace.get_tracer_provider().force_flush()
+        found = collector.spans()
+    print(sorted((it.name, it.pending) for it in found), "hunter2" in collector.file.read_text())
+"""
+BEGUN_AND_ENDED = [(name, pending) for name in ("a span", *TRACED) for pending in (False, True)]
+
+
+@pytest.mark.parametrize("configured", [True, False])
+def test_spans_are_collected_without_what_is_scrubbed(configured: bool) -> None:
+    """Each when it begins and when it ends; agents are instrumented where nobody has set up tracing."""
+    host = "logfire.configure(**host); durable.configure_logfire()" if configured else ""
+    code = textwrap.dedent(COLLECTED)
+    assert printed(f"{host}\n{code}") == f"{BEGUN_AND_ENDED} False"
+
+
+def test_a_provider_that_tells_nobody() -> None:
+    """Nothing is collected then, and the application runs."""
+    code = """
+        from durable._logfire import send_spans_to
+        trace.set_tracer_provider(trace.NoOpTracerProvider())
+        logfire.configure(**host)
+        trace.get_tracer_provider = trace.NoOpTracerProvider
+        send_spans_to("http://127.0.0.1:9")
+        asyncio.run(agent.run("go"))
+        print("runs")
+    """
+    assert printed(code) == "runs"
