@@ -53,7 +53,10 @@ def draw(root: Node, width: int, *, over: bool, full: bool) -> Iterator[Text]:
         for number, line in enumerate(_lines(node, since=root.began, over=over, full=full)):
             # of a very deep tree only the innermost branches
             guide = (below if number else branch)[-width // 2 :]
-            yield Text.assemble((guide, "dim"), line)
+            drawn = guide.lstrip(
+                " "
+            )  # no style on spaces: some viewers of pictures leave those out
+            yield Text.assemble(" " * (len(guide) - len(drawn)), (drawn, "dim"), line)
         ended = over or node.ended is not None
         for child in reversed(node.children):
             last = child is node.children[-1]
@@ -65,7 +68,7 @@ def draw(root: Node, width: int, *, over: bool, full: bool) -> Iterator[Text]:
 
 
 def _lines(node: Node, *, since: int, over: bool, full: bool) -> Iterator[Text]:
-    line = printable(node.name, "dim" if node.aside else "bold")
+    line = Text.assemble(printable(node.name, "dim" if node.aside else "bold"))
     for text, style in _figures(node, since=since, over=over):
         line.append("  ")
         line.append(text, "dim" if node.aside else style)
