@@ -22,6 +22,14 @@ AT_MOST_TWICE = restate.InvocationRetryPolicy(
 )
 """Ends what should have ended at once."""
 
+PATIENCE = 60.0
+"""How many seconds what is not measured may take: no test fails because the machine is busy."""
+
+
+def http_client(**options: Any) -> httpx2.AsyncClient:
+    """A client for servers on loopback."""
+    return httpx2.AsyncClient(**options, timeout=PATIENCE, trust_env=False)
+
 
 @dataclass
 class Ingress:
@@ -43,7 +51,7 @@ class Ingress:
         return response.json()
 
     async def until(
-        self, sql: str, fact: Callable[[list[dict[str, Any]]], bool], *, within: float = 20
+        self, sql: str, fact: Callable[[list[dict[str, Any]]], bool], *, within: float = PATIENCE
     ) -> None:
         """Wait until `fact` holds for what the server answers to `sql`, so many seconds at most."""
         async with asyncio.timeout(within):
@@ -114,7 +122,7 @@ async def hosted(server: RestateServer, *services: Any) -> AsyncGenerator[Ingres
     """Serve `services` with `durable.app` in this process and register them."""
     async with serving(durable.app(services)) as url:
         await server.register(url)
-        async with httpx2.AsyncClient(timeout=20, trust_env=False) as http:
+        async with http_client() as http:
             yield Ingress(server, http)
 
 

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx2
 from pydantic import BaseModel
 
 import services
 from durable.server import RestateServer
 from durable.worker import Worker
-from tests.live.hosting import Ingress
+from tests.live.hosting import Ingress, http_client
 from tests.live.providers import Answer, provider
 
 CHECKOUT = Path(services.__file__).parent.parent
@@ -107,7 +106,7 @@ async def killed_runs(
     with provider(model) as api:
         async with (
             Worker("services:app", cwd=CHECKOUT, env=api.env) as worker,
-            httpx2.AsyncClient(timeout=60, trust_env=False) as http,
+            http_client() as http,
         ):
             ingress = Ingress(server, http)
             await server.register(worker.url)

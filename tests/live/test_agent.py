@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx2
 import pytest
 import restate
 from pydantic import BaseModel
@@ -22,7 +21,7 @@ from pydantic_ai.toolsets import FunctionToolset
 import durable
 from durable._wire import Kind, messages
 from durable.server import RestateServer
-from tests.live.hosting import after, agent_service, hosted, serving
+from tests.live.hosting import PATIENCE, after, agent_service, hosted, http_client, serving
 from tests.live.providers import Answer, provider
 from tests.live.scripted import calls, done
 
@@ -151,7 +150,7 @@ async def test_parallel_tools_run_in_parallel(server: RestateServer) -> None:
 
     @agent.tool_plain
     async def meet() -> str:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             await barrier.wait()
         done["meet"] += 1
         return "met"
@@ -415,7 +414,7 @@ async def test_a_short_step_is_one_message(server: RestateServer) -> None:
 
         await app(scope, receive, noted)
 
-    async with serving(watched) as url, httpx2.AsyncClient(trust_env=False) as http:
+    async with serving(watched) as url, http_client() as http:
         await server.register(url)
         (await http.post(f"{server.ingress_url}/Short/run")).raise_for_status()
     # a suspension may be in the same message

@@ -16,7 +16,7 @@ from pydantic_ai.usage import UsageLimits
 
 import durable
 from durable.server import RestateServer
-from tests.live.hosting import after, hosted
+from tests.live.hosting import PATIENCE, after, hosted
 from tests.live.scripted import call, calls, done, script
 
 pytestmark = pytest.mark.live
@@ -209,7 +209,7 @@ async def test_cancelling_the_caller_cancels_the_delegate(server: RestateServer)
     )
     async with hosted(server, work_service, boss) as ingress:
         calling = asyncio.create_task(ingress.post("Boss/run", "go"))
-        await asyncio.wait_for(working.wait(), 20)
+        await asyncio.wait_for(working.wait(), PATIENCE)
         await ingress.cancel("Boss")
         assert (await calling).status_code == 409
         await ingress.until(

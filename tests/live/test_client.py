@@ -28,7 +28,7 @@ from durable.__main__ import main
 from durable.client import Client, Handle, SyncClient
 from durable.server import RestateServer
 from tests.live import fastapi_backend
-from tests.live.hosting import Ingress, hosted, serving
+from tests.live.hosting import PATIENCE, Ingress, hosted, http_client, serving
 from tests.live.scripted import calls, done, script
 
 pytestmark = pytest.mark.live
@@ -772,7 +772,7 @@ class Gateway:
             url = f"{self._ingress_url}{path.removeprefix('/api/v1')}"
             for name in ("host", "authorization"):
                 headers.pop(name, None)
-            async with httpx2.AsyncClient(trust_env=False, timeout=20) as http:
+            async with http_client() as http:
                 passed = await http.post(url, content=body, headers=headers)
             status, kind, content = passed.status_code, "application/json", passed.content
             restates = [it for it in passed.headers.raw if it[0].startswith(b"x-restate")]
@@ -895,10 +895,10 @@ async def test_from_fastapi(server: RestateServer) -> None:
     async with serving(fastapi_backend.services) as agents:
         await server.register(agents)
         app = fastapi_backend.backend(server.ingress_url)
-        async with serving(app) as url, httpx2.AsyncClient(base_url=url, trust_env=False) as http:
+        async with serving(app) as url, http_client(base_url=url) as http:
             reply = {"text": "We look into it.", "urgent": False}
             ticket = {"text": "It is broken."}
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(PATIENCE):
                 while True:
                     with suppress(httpx2.ConnectError):  # until it listens
                         answer = await http.post("/tickets", json=ticket)
@@ -907,7 +907,7 @@ async def test_from_fastapi(server: RestateServer) -> None:
             number = some_key()
             runs = [(await http.put(f"/tickets/{number}", json=ticket)).json() for _ in "ab"]
             assert runs[0] == runs[1]
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(PATIENCE):
                 while True:
                     answer = await http.get(f"/replies/{runs[0]}")
                     if answer.status_code != 202:
@@ -954,7 +954,7 @@ class TestCommands:
         handle = await client.send(wait, "tea")
         watching = asyncio.create_task(asyncio.to_thread(main, ["watch", str(handle)]))
         shown = ""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while "tell" not in shown:
                 await asyncio.sleep(0.02)
                 shown += capsys.readouterr().out

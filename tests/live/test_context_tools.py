@@ -22,7 +22,7 @@ from pydantic_ai.tools import (
 
 import durable
 from durable.server import RestateServer
-from tests.live.hosting import after, agent_service, hosted
+from tests.live.hosting import PATIENCE, after, agent_service, hosted
 from tests.live.scripted import call, done, script
 
 pytestmark = pytest.mark.live
@@ -310,7 +310,7 @@ async def test_approval_within_the_run(server: RestateServer) -> None:
 
     async with hosted(server, service) as ingress:
         answer = asyncio.create_task(ingress.call("Approved/run"))
-        awakeable = await asyncio.wait_for(asked, 10)
+        awakeable = await asyncio.wait_for(asked, PATIENCE)
         await ingress.post(f"restate/awakeables/{awakeable}/resolve", "yes")
         assert set((await answer).split("; ")) == {"look=seen", "pay=paid"}
     assert done == {"model": 2, "look": 1, "pay": 1}

@@ -11,6 +11,7 @@ import pytest
 from durable.server import RestateServer
 from durable.worker import Worker
 from tests.live.crash_app import ROUNDS, STEPS
+from tests.live.hosting import PATIENCE, http_client
 from tests.live.tracing import Step, completed_steps
 
 pytestmark = pytest.mark.live
@@ -77,7 +78,7 @@ async def test_a_run_survives_the_death_of_the_server(tmp_path: Path) -> None:
     async with (
         RestateServer(data_dir=tmp_path / "data") as server,
         Worker("tests.live.crash_app:app", env=env, log_file=tmp_path / "log") as worker,
-        httpx2.AsyncClient(timeout=60, trust_env=False) as http,
+        http_client() as http,
     ):
         await server.register(worker.url)
         key = {"idempotency-key": "once"}
@@ -98,7 +99,7 @@ async def test_an_idempotency_key_executes_once(tmp_path: Path) -> None:
     async with (
         RestateServer() as server,
         Worker("tests.live.crash_app:app", env=env, log_file=tmp_path / "log") as worker,
-        httpx2.AsyncClient(base_url=server.ingress_url, timeout=60, trust_env=False) as http,
+        http_client(base_url=server.ingress_url) as http,
     ):
         await server.register(worker.url)
         key = {"idempotency-key": "once"}
@@ -116,11 +117,11 @@ async def test_an_at_most_once_tool_is_not_begun_again(tmp_path: Path) -> None:
     async with (
         RestateServer() as server,
         Worker("tests.live.crash_app:app", env=env, log_file=tmp_path / "log") as worker,
-        httpx2.AsyncClient(base_url=server.ingress_url, timeout=60, trust_env=False) as http,
+        http_client(base_url=server.ingress_url) as http,
     ):
         await server.register(worker.url)
         call = asyncio.create_task(http.post("/Crash/pay_once"))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while not trace.exists():  # noqa: ASYNC110 - another process writes it
                 await asyncio.sleep(0.05)
         worker.kill()

@@ -18,6 +18,7 @@ from rich.console import Console
 from services import demo
 from services._proof import JournaledStep, Proof, account, journaled_steps
 from services._proxy import ModelRequest
+from tests.live.hosting import PATIENCE
 from tests.live.providers import Answer, provider
 
 pytestmark = pytest.mark.live
@@ -54,7 +55,7 @@ class Run:
         return self._output.read_text()
 
     def wait_for(self, text: str) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while text not in self.output:
             assert self.process.poll() is None, self.output
             assert time.monotonic() < deadline, self.output

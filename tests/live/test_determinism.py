@@ -24,7 +24,7 @@ from hypothesis.strategies import SearchStrategy
 from durable.server import RestateServer
 from durable.worker import Worker
 from tests.live import program_app as p
-from tests.live.hosting import hosted
+from tests.live.hosting import PATIENCE, hosted
 from tests.live.tracing import Evidence, journaled_tokens, label_of, read_trace
 
 pytestmark = pytest.mark.live
@@ -172,7 +172,7 @@ async def settled(server: RestateServer) -> None:
         "SELECT id FROM sys_invocation "
         "WHERE target_service_name = 'Programs' AND status != 'completed' LIMIT 1"
     )
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE):
         while await server.query(running):  # noqa: ASYNC110 - the server tells nobody
             await asyncio.sleep(0.02)
 

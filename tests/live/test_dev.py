@@ -18,6 +18,8 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from tests.live.hosting import PATIENCE
+
 pytestmark = pytest.mark.live
 
 APP = """
@@ -73,7 +75,7 @@ class Command:
         return self._output.read_text()
 
     def wait_for(self, text: str, *, times: int = 1) -> None:
-        deadline = time.monotonic() + 40
+        deadline = time.monotonic() + PATIENCE
         while self.output.count(text) < times:
             assert self.process.poll() is None, self.output
             assert time.monotonic() < deadline, self.output
@@ -123,7 +125,7 @@ def run(command: Sequence[str]) -> object:
         content=body,
         headers={"content-type": "application/json"},
         trust_env=False,
-        timeout=30,
+        timeout=PATIENCE,
     )
     assert answer.status_code == 200, answer.text
     return answer.json()
@@ -152,7 +154,9 @@ def test_dev(project: Path) -> None:
         assert run(curls["/Greeter/greet"]) == "hello Ada"
         assert run(curls["/Counter/my-key/add"]) == 1
         told = curls["/Greeter/ingress"][1]
-        assert told == httpx2.post(told, trust_env=False).json() + "/Greeter/ingress"
+        assert (
+            told == httpx2.post(told, trust_env=False, timeout=PATIENCE).json() + "/Greeter/ingress"
+        )
         assert "/ui/" in dev.output
 
         edit(code, "hello", "welcome")
@@ -209,8 +213,8 @@ def test_dev_collects_spans(project: Path) -> None:
         dev.wait_for("/Poet/write")
         url = dev.curls()["/Poet/write"][1]
         [admin] = [line.split()[1] for line in dev.output.splitlines() if "admin " in line]
-        invocation = httpx2.post(url, trust_env=False, timeout=30).headers["x-restate-id"]
-        deadline = time.monotonic() + 20
+        invocation = httpx2.post(url, trust_env=False, timeout=PATIENCE).headers["x-restate-id"]
+        deadline = time.monotonic() + PATIENCE
         shown = ""
         while "invocation-attempt" not in shown or "under way" in shown:
             assert time.monotonic() < deadline, shown
@@ -238,6 +242,7 @@ def test_dev_tells_when_the_worker_ends_by_itself(project: Path) -> None:
             dev.curls()["/Counter/my-key/add"][1].replace("add", "add/send"),
             json=1,
             trust_env=False,
+            timeout=PATIENCE,
         )
         dev.wait_for("the worker exited with code 5, waiting for the next change")
         edit(code, "os._exit(5) if value == 1 else None", "")
@@ -265,9 +270,9 @@ def test_server_alone(tmp_path: Path) -> None:
     with durable(tmp_path, "server", "--always-replay") as server:
         server.wait_for("/ui/")
         [admin] = [line.split()[1] for line in server.output.splitlines() if "admin " in line]
-        assert httpx2.get(f"{admin}/health", trust_env=False).status_code == 200
+        assert httpx2.get(f"{admin}/health", trust_env=False, timeout=PATIENCE).status_code == 200
         assert server.stop() == 0
     with pytest.raises(httpx2.ConnectError):
-        httpx2.get(admin, trust_env=False)
+        httpx2.get(admin, trust_env=False, timeout=PATIENCE)
     assert "Traceback" not in server.output
     assert [path.name for path in tmp_path.iterdir()] == ["output.txt"]

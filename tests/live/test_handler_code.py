@@ -16,7 +16,16 @@ from pydantic_ai.usage import UsageLimits
 
 import durable
 from durable.server import RestateServer
-from tests.live.hosting import AT_MOST_TWICE, Ingress, after, agent_service, hosted, serving
+from tests.live.hosting import (
+    AT_MOST_TWICE,
+    PATIENCE,
+    Ingress,
+    after,
+    agent_service,
+    hosted,
+    http_client,
+    serving,
+)
 from tests.live.scripted import calls, done
 
 pytestmark = pytest.mark.live
@@ -111,7 +120,7 @@ async def test_a_failure_in_a_task_group_ends_the_run(
     async with hosted(server, service) as ingress:
         answer = asyncio.create_task(ingress.post("Group/run"))
         if ending == "cancellation":
-            await asyncio.wait_for(waiting.wait(), 10)
+            await asyncio.wait_for(waiting.wait(), PATIENCE)
             await ingress.cancel("Group")
         assert (await answer).status_code == status
         assert await ingress.retries("Group") == 0
@@ -153,7 +162,7 @@ async def test_no_task_is_left_behind(server: RestateServer, ending: str) -> Non
     async with hosted(server, service) as ingress:
         answer = asyncio.create_task(ingress.post("Tidy/run"))
         if ending == "cancellation":
-            await asyncio.wait_for(waiting.wait(), 10)
+            await asyncio.wait_for(waiting.wait(), PATIENCE)
             await ingress.cancel("Tidy")
         status = {"answer": 200, "failure": 418, "cancellation": 409}[ending]
         assert (await answer).status_code == status
@@ -275,7 +284,7 @@ async def test_a_handler_elsewhere_is_refused_at_once(server: RestateServer) -> 
     agent = Agent(calls(), name="elsewhere", capabilities=[durable.RestateDurability()])
     service = agent_service("Elsewhere", agent)
 
-    async with serving(restate.app([service])) as url, httpx2.AsyncClient(trust_env=False) as http:
+    async with serving(restate.app([service])) as url, http_client() as http:
         await server.register(url)
         response = await Ingress(server, http).post("Elsewhere/run")
         assert response.status_code == 500

@@ -14,7 +14,7 @@ from pydantic_ai.models.function import AgentInfo, FunctionModel
 
 import durable
 from durable.server import RestateServer
-from tests.live.hosting import hosted
+from tests.live.hosting import PATIENCE, hosted
 
 pytestmark = pytest.mark.live
 
@@ -59,7 +59,7 @@ def test_agents_beside_each_other(
 
     @agent.tool_plain(metadata={"restate": False})
     async def rest() -> str:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             await asyncio.sleep(0.01)
         return "rested"
 

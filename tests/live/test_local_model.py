@@ -16,6 +16,7 @@ from agents.local_model import LocalModelError, LocalServer
 from agents.models import LocalModel
 from agents.routing import Reply, Route, classifier, specialists
 from services.routing import EXAMPLE_TICKETS
+from tests.live.hosting import PATIENCE
 
 pytestmark = pytest.mark.live
 
@@ -78,14 +79,14 @@ def test_it_stops_with_its_owner(tmp_path: Path) -> None:
         try:
             assert owner.stdout is not None
             url = owner.stdout.readline().strip()
-            assert httpx2.get(f"{url}/models").status_code == 200
+            assert httpx2.get(f"{url}/models", timeout=PATIENCE).status_code == 200
         finally:
             owner.send_signal(signal.SIGKILL)
             owner.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         try:
-            httpx2.get(f"{url}/models")
+            httpx2.get(f"{url}/models", timeout=PATIENCE)
         except httpx2.TransportError:
             return
         time.sleep(0.1)

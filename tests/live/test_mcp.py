@@ -31,7 +31,7 @@ from restate.exceptions import RetryableError
 
 import durable
 from durable.server import RestateServer
-from tests.live.hosting import after, agent_service, hosted, serving
+from tests.live.hosting import PATIENCE, after, agent_service, hosted, serving
 from tests.live.mcp_server import HTTPApp, Trace
 from tests.live.scripted import call, done, script
 
@@ -51,7 +51,7 @@ async def client(request: pytest.FixtureRequest, trace: Trace) -> AsyncGenerator
     """A client for the server over HTTP, in the protocol of today and in the one with sessions."""
     async with serving(HTTPApp(trace)) as url:
         mode = "legacy" if "legacy" in request.param else "auto"
-        yield Client(f"{url}/mcp", mode=mode, init_timeout=30)
+        yield Client(f"{url}/mcp", mode=mode, init_timeout=PATIENCE)
 
 
 def stdio(trace: Trace) -> StdioTransport:
@@ -68,7 +68,7 @@ async def _nothing_left(trace: Trace) -> AsyncGenerator[None]:
     """After each test its servers' processes are gone, and no task of the test runs on."""
     before = tasks()
     yield
-    deadline = monotonic() + 5
+    deadline = monotonic() + PATIENCE
     while left := {*running(trace), *(tasks() - before)}:
         assert monotonic() < deadline, left
         await asyncio.sleep(0.02)
@@ -96,12 +96,10 @@ async def until_closed(trace: Trace) -> None:
 
 
 async def until(happened: Callable[[], bool]) -> None:
-    """Wait until something has happened, for ten seconds at most."""
-    for _ in range(500):
-        if happened():
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError("it did not happen")
+    """Wait until something has happened."""
+    async with asyncio.timeout(PATIENCE):
+        while not happened():  # noqa: ASYNC110 - other processes do it
+            await asyncio.sleep(0.02)
 
 
 async def test_one_session_per_run(
@@ -261,7 +259,7 @@ async def test_a_session_ends_with_its_attempt(
     agent = Agent(
         script([call("wait")], [call("add", a=3, b=4)]),
         name="waiting",
-        toolsets=[MCPToolset(Client(stdio(trace), init_timeout=30), id="tools")],
+        toolsets=[MCPToolset(Client(stdio(trace), init_timeout=PATIENCE), id="tools")],
         capabilities=[durable.RestateDurability()],
     )
     service = agent_service("McpWaiting", agent)
@@ -303,7 +301,7 @@ async def test_cancelling_ends_the_session(
     agent = Agent(
         script([call(hang_for)]),
         name="cancelled",
-        toolsets=[MCPToolset(Client(stdio(trace), init_timeout=30), id="tools")],
+        toolsets=[MCPToolset(Client(stdio(trace), init_timeout=PATIENCE), id="tools")],
         capabilities=[durable.RestateDurability()],
     )
     service = agent_service("McpCancelled", agent)

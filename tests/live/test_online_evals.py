@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import logfire
 import pytest
 import restate
@@ -35,7 +34,7 @@ import durable
 from durable.evals import OnlineEvaluation
 from durable.server import RestateServer
 from durable.worker import Worker
-from tests.live.hosting import Ingress, after, hosted
+from tests.live.hosting import PATIENCE, Ingress, after, hosted, http_client
 from tests.live.providers import Answer, provider
 from tests.live.scripted import call, done, script
 
@@ -377,7 +376,7 @@ async def test_a_killed_worker(tmp_path: Path) -> None:
     async with (
         RestateServer() as server,
         Worker("tests.live.evaluated_app:app", env=env, log_file=tmp_path / "log") as worker,
-        httpx2.AsyncClient(timeout=60, trust_env=False) as http,
+        http_client() as http,
     ):
         await server.register(worker.url)
         ingress = Ingress(server, http)
@@ -387,7 +386,7 @@ async def test_a_killed_worker(tmp_path: Path) -> None:
             "(SELECT id FROM sys_invocation WHERE target = 'OnlineEvaluation/evaluate')"
         )
         await ingress.until(completions, lambda rows: len(rows) == 1)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while "held begins" not in trace.read_text():  # noqa: ASYNC110 - another process writes
                 await asyncio.sleep(0.02)
         worker.kill()

@@ -19,7 +19,7 @@ from services.parallelization import (
     RunToolsRequest,
     parallelization,
 )
-from tests.live.hosting import hosted
+from tests.live.hosting import PATIENCE, hosted
 from tests.live.kills import killed_runs
 from tests.typed_model import JSON_SCHEMA_MODE, Answer, TypedModel
 
@@ -74,7 +74,9 @@ async def test_the_client_gets_one_outcome_per_key(server: RestateServer, key: s
     pattern = PATTERNS["parallelization"]
     with analyst.override(model=model):
         async with hosted(server, parallelization):
-            with httpx2.Client(base_url=server.ingress_url, timeout=20, trust_env=False) as client:
+            with httpx2.Client(
+                base_url=server.ingress_url, timeout=PATIENCE, trust_env=False
+            ) as client:
 
                 async def run(idempotency_key: str | None) -> ParallelizationResponse:
                     return await asyncio.to_thread(
@@ -218,7 +220,9 @@ async def test_tools_run_in_parallel(server: RestateServer, key: str) -> None:
     pattern = PATTERNS["parallel-tools"]
     with estimator.override(model=FunctionModel(respond, profile=JSON_SCHEMA_MODE)):
         async with hosted(server, parallelization) as ingress:
-            with httpx2.Client(base_url=server.ingress_url, timeout=20, trust_env=False) as client:
+            with httpx2.Client(
+                base_url=server.ingress_url, timeout=PATIENCE, trust_env=False
+            ) as client:
                 response = await asyncio.to_thread(call, client, pattern, RunToolsRequest())
             newest = await ingress.invocation(SERVICE)
             rows = await server.query(

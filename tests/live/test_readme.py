@@ -4,14 +4,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 from pydantic_ai.models.test import TestModel
 from pydantic_evals.evaluators import LLMJudge
 from pydantic_evals.online import OnlineEvaluator
 
 from durable.server import RestateServer
-from tests.live.hosting import Ingress, serving
+from tests.live.hosting import Ingress, http_client, serving
 
 pytestmark = pytest.mark.live
 
@@ -25,7 +24,7 @@ async def test_the_first_program(server: RestateServer) -> None:
     namespace: dict[str, Any] = {"TEST_MODEL": TestModel(custom_output_text="old pond")}
     exec(program.replace('"openai:gpt-5-mini"', "TEST_MODEL"), namespace)
     [(path, body)] = re.findall(r"curl localhost:8080/(Poet\S+) --json '(.*)'", README)
-    async with serving(namespace["app"]) as url, httpx2.AsyncClient(trust_env=False) as http:
+    async with serving(namespace["app"]) as url, http_client() as http:
         await server.register(url)
         ingress = Ingress(server, http)
         json = {"content-type": "application/json"}

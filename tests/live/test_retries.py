@@ -18,7 +18,7 @@ from pydantic_ai.models.function import AgentInfo, DeltaToolCall, FunctionModel
 
 import durable
 from durable.server import RestateServer
-from tests.live.hosting import agent_service, hosted, serving
+from tests.live.hosting import PATIENCE, agent_service, hosted, serving
 from tests.live.mcp_server import HTTPApp, Trace
 from tests.live.scripted import calls, done
 
@@ -171,7 +171,7 @@ async def test_a_paused_run_goes_on_when_it_is_resumed(server: RestateServer) ->
 
     async with hosted(server, service) as ingress:
         answer = asyncio.create_task(ingress.call("Pausing/run"))
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(PATIENCE):
             while not (paused := await server.query(PAUSED)):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         assert done["repair"] > 1

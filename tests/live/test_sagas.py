@@ -22,7 +22,7 @@ from restate import TerminalError
 import durable
 from durable.server import RestateServer
 from durable.worker import Worker
-from tests.live.hosting import Ingress, hosted, serving
+from tests.live.hosting import PATIENCE, Ingress, hosted, http_client, serving
 from tests.live.mcp_server import HTTPApp, Trace
 from tests.live.saga_app import BOOKINGS
 from tests.live.scripted import call, done, script
@@ -372,7 +372,7 @@ async def test_hosted_tools_and_mcp_tools_are_undone_by_name(
         return item
 
     async with serving(HTTPApp(trace)) as url:
-        client = Client(f"{url}/mcp", init_timeout=30)
+        client = Client(f"{url}/mcp", init_timeout=PATIENCE)
         travel = Travel(
             script([call("add", a=1, b=2)], [call("order", what="tent")], [CAR]),
             toolsets=[
@@ -463,11 +463,11 @@ async def killed_in(
     env = {"CRASH_TRACE": str(directory / "trace"), "SAGA_RELEASE": str(directory / "release")}
     async with (
         Worker("tests.live.saga_app:app", env=env, log_file=directory / "log") as worker,
-        httpx2.AsyncClient(timeout=60, trust_env=False) as http,
+        http_client() as http,
     ):
         await server.register(worker.url)
         posted = asyncio.create_task(Ingress(server, http).post(f"Sagas/{handler}"))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             while during not in events(directory, "begin"):  # noqa: ASYNC110 - another process
                 await asyncio.sleep(0.05)
         worker.kill()

@@ -6,11 +6,11 @@ import sys
 import textwrap
 from pathlib import Path
 
-import httpx2
 import pytest
 
 from durable.server import RestateServer, ServerError, ServerStartError
 from durable.worker import Worker, WorkerError
+from tests.live.hosting import PATIENCE, http_client
 
 pytestmark = pytest.mark.live
 
@@ -62,7 +62,7 @@ def gone(pid: int) -> bool:
 
 
 async def call(server: RestateServer, path: str, body: object) -> object:
-    async with httpx2.AsyncClient(trust_env=False, timeout=30) as http:
+    async with http_client() as http:
         answer = await http.post(f"{server.ingress_url}/{path}", json=body)
         assert answer.status_code == 200, answer.text
         return answer.json()
@@ -84,7 +84,7 @@ async def test_throw_away_server() -> None:
     async with RestateServer() as server:
         assert server.running
         assert server.log_file.is_relative_to(server.data_dir)
-        async with httpx2.AsyncClient(trust_env=False) as http:
+        async with http_client() as http:
             ui = await http.get(server.ui_url, follow_redirects=True)
         assert ui.status_code == 200
         assert "<html" in ui.text.lower()
@@ -196,11 +196,9 @@ async def test_proxies_of_the_environment_play_no_part(
 
 
 async def until_in_step(server: RestateServer) -> None:
-    for _ in range(100):
-        if await server.query("select 1 from sys_invocation where status = 'running'"):
-            return
-        await asyncio.sleep(0.05)
-    pytest.fail("the invocation did not start")
+    async with asyncio.timeout(PATIENCE):
+        while not await server.query("SELECT id FROM sys_invocation WHERE status = 'running'"):  # noqa: ASYNC110 - another process runs it
+            await asyncio.sleep(0.05)
 
 
 class TestWorker:
@@ -212,11 +210,11 @@ class TestWorker:
             async with worker:
                 await server.register(worker.url)
                 assert await call(server, "Greeter/greet", "you") == "hi you"
-                async with httpx2.AsyncClient(trust_env=False) as http:
+                async with http_client() as http:
                     await http.post(f"{server.ingress_url}/Sleeper/nap/send")
                 await until_in_step(server)
                 started = asyncio.get_running_loop().time()
-            assert asyncio.get_running_loop().time() - started < 6
+            assert asyncio.get_running_loop().time() - started < 30
             assert gone(worker.pid)
 
     async def test_an_early_exit_quotes_the_log(self, tmp_path: Path) -> None:
@@ -240,13 +238,10 @@ async def test_a_worker_stops_quietly(project: Path, tmp_path: Path) -> None:
     async with (
         RestateServer() as server,
         Worker("hosted:app", cwd=project, log_file=log) as worker,
-        httpx2.AsyncClient(base_url=server.ingress_url, trust_env=False) as http,
+        http_client(base_url=server.ingress_url) as http,
     ):
         await server.register(worker.url)
         await http.post("/Sleeper/nap/send")
-        running = "SELECT id FROM sys_invocation WHERE status = 'running'"
-        async with asyncio.timeout(20):
-            while not await server.query(running):  # noqa: ASYNC110 - another process runs it
-                await asyncio.sleep(0.05)
+        await until_in_step(server)
         await worker.stop()
     assert "Traceback" not in log.read_text()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 from uuid import uuid4
 
-import httpx2
 import pytest
 
 import services
@@ -20,7 +19,7 @@ from durable.server import RestateServer
 from durable.worker import Worker
 from services.chaining import EXAMPLE_PROMPTS, EXAMPLE_TEXT, CallChainingResponse
 from services.routing import EXAMPLE_TICKETS, RoutingResponse
-from tests.live.hosting import Ingress
+from tests.live.hosting import Ingress, http_client
 from tests.live.providers import Answer, Provider, filled, provider
 
 pytestmark = pytest.mark.live
@@ -47,7 +46,7 @@ async def serving(server: RestateServer, provider: Provider) -> AsyncGenerator[A
     """Serve `services:app` the way `durable dev` and `python -m services` do."""
     async with Worker("services:app", cwd=CHECKOUT, env=provider.env) as worker:
         await server.register(worker.url)
-        async with httpx2.AsyncClient(timeout=20, trust_env=False) as http:
+        async with http_client() as http:
             yield App(Ingress(server, http), provider)
 
 
@@ -230,7 +229,7 @@ async def test_a_bare_hypercorn_serves_it(server: RestateServer, tmp_path: Path)
                     break
                 await asyncio.sleep(0.05)
             await server.register(f"http://127.0.0.1:{port}")
-            async with httpx2.AsyncClient(timeout=20, trust_env=False) as http:
+            async with http_client() as http:
                 answer = await Ingress(server, http).call("RoutingService/run", {})
         finally:
             os.killpg(worker.pid, signal.SIGKILL)

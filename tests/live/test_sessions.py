@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import httpx2
 import pytest
 from pydantic import BaseModel
 from pydantic_ai import Agent
@@ -27,7 +26,7 @@ from restate.entry_codec import JournalValueCodec
 import durable
 from durable.server import RestateServer
 from durable.worker import Worker
-from tests.live.hosting import Ingress, hosted, serving
+from tests.live.hosting import PATIENCE, Ingress, hosted, http_client, serving
 from tests.live.scripted import call, done
 
 pytestmark = pytest.mark.live
@@ -263,7 +262,7 @@ async def test_a_worker_killed_in_a_turn(tmp_path: Path, key: str) -> None:
     async with (
         RestateServer() as server,
         Worker("tests.live.session_app:app", env={"CHAT_TRACE": str(trace)}) as worker,
-        httpx2.AsyncClient(timeout=60, trust_env=False) as http,
+        http_client() as http,
     ):
         ingress = Ingress(server, http)
         await server.register(worker.url)
@@ -271,7 +270,7 @@ async def test_a_worker_killed_in_a_turn(tmp_path: Path, key: str) -> None:
         assert await ingress.call(path, {"prompt": "one"}) == "answer 3"
         hold.touch()
         turn = asyncio.create_task(ingress.call(path, {"prompt": "two"}))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while "model 7" not in trace.read_text():  # noqa: ASYNC110 - another process writes it
                 await asyncio.sleep(0.05)
         for _ in range(2):
@@ -391,7 +390,7 @@ async def test_encrypted_sessions(server: RestateServer, key: str) -> None:
             return buf[::-1]
 
     app = durable.app([durable.agent_session(chatting())], journal_value_codec=Reversed())
-    async with serving(app) as url, httpx2.AsyncClient(timeout=20, trust_env=False) as http:
+    async with serving(app) as url, http_client() as http:
         await server.register(url)
         ingress = Ingress(server, http)
         for said, answer in [("one", "one"), ("two", "one two"), ("three", "one two three")]:

@@ -21,7 +21,7 @@ from pydantic_ai.models.function import AgentInfo, FunctionModel
 
 import durable
 from durable.server import RestateServer
-from tests.live.hosting import Ingress, hosted
+from tests.live.hosting import PATIENCE, Ingress, hosted
 
 pytestmark = pytest.mark.live
 
@@ -88,7 +88,7 @@ def build() -> tuple[Agent[None, str], restate.Service]:
 async def start(ingress: Ingress) -> str:
     """Start a run in the background, wait until its tool is at work, and return the invocation's id."""
     sent = (await ingress.post("Worker/run/send", headers={"idempotency-key": uuid4().hex})).json()
-    await asyncio.wait_for(at_work.wait(), 20)
+    await asyncio.wait_for(at_work.wait(), PATIENCE)
     return sent["invocationId"]
 
 
@@ -137,7 +137,7 @@ async def test_messages_during_the_last_request(server: RestateServer) -> None:
         at_work.clear()
         last.set()
         go_on.set()
-        await asyncio.wait_for(at_work.wait(), 20)
+        await asyncio.wait_for(at_work.wait(), PATIENCE)
         senders: list[asyncio.Task[int]] = []
         for number, (content, priority) in enumerate([("later", "when_idle"), ("now", "asap")], 1):
             message = steer(ingress, invocation, content=content, priority=priority)

@@ -17,7 +17,7 @@ from pydantic_ai.run import AgentRunResultEvent
 
 import durable
 from durable.server import RestateServer
-from tests.live.hosting import after, agent_service, hosted
+from tests.live.hosting import PATIENCE, after, agent_service, hosted
 from tests.live.scripted import call, done, script
 
 pytestmark = pytest.mark.live
@@ -175,7 +175,7 @@ async def test_events_come_while_the_model_answers(server: RestateServer) -> Non
 
     async def answer(messages: list[ModelMessage], info: AgentInfo) -> AsyncIterator[str]:
         yield "first "
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             await first_word.wait()
         yield "second"
 

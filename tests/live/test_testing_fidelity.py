@@ -17,7 +17,7 @@ from restate.exceptions import RetryableError
 import durable
 from durable.server import RestateServer
 from durable.testing import InMemoryInvocation, Suspended, check_every_crash
-from tests.live.hosting import hosted
+from tests.live.hosting import PATIENCE, hosted
 from tests.live.scripted import calls
 from tests.live.scripted import done as executed
 
@@ -110,7 +110,7 @@ async def timers(ctx: restate.Context) -> str:
             await ctx.awakeable()[1]
     except TimeoutError:
         await ctx.run_typed("late", step, name="late")
-    done = await asyncio.wait_for(ctx.run_typed("early", step, name="early"), 30)
+    done = await asyncio.wait_for(ctx.run_typed("early", step, name="early"), PATIENCE)
     return f"timed out, {done}"
 
 
@@ -316,7 +316,7 @@ async def newest_journal(server: RestateServer, scenario: Scenario) -> list[str]
         f"AND target_handler_name = '{handler}' ORDER BY created_at DESC LIMIT 1"
     )
     journal: list[str] = []
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while not journal or (journal[0], journal[-1]) != ("Command: Input", "Command: Output"):
             rows = await server.query(
                 f"SELECT entry_type, name FROM sys_journal WHERE id = ({newest}) ORDER BY index"

@@ -39,7 +39,7 @@ from pydantic_ai.tools import (
 
 import durable
 from durable.server import RestateServer
-from tests.live.hosting import after, agent_service, hosted
+from tests.live.hosting import PATIENCE, after, agent_service, hosted
 from tests.live.scripted import call, done, script
 
 pytestmark = pytest.mark.live
@@ -162,7 +162,7 @@ async def test_deferred_calls_are_resumed_after_an_awakeable(server: RestateServ
 
     async with hosted(server, service) as ingress:
         answer = asyncio.create_task(ingress.call("Deferring/run"))
-        awakeable, requests = await asyncio.wait_for(asked, 10)
+        awakeable, requests = await asyncio.wait_for(asked, PATIENCE)
         assert {part.tool_name for part in requests.approvals} == {"pay", "refund", "drop"}
         assert [part.tool_name for part in requests.calls] == ["ask"]
         assert requests.metadata == {"refund": {"limit": 1, "by": ["ann"]}, "ask": {"task": 7}}

@@ -5,7 +5,6 @@ import re
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
-import httpx2
 import pytest
 
 from durable.__main__ import main
@@ -14,7 +13,7 @@ from durable._dev import spans_file
 from durable._process import free_ports
 from durable.server import RestateServer
 from durable.worker import Worker
-from tests.live.hosting import Ingress
+from tests.live.hosting import PATIENCE, Ingress, http_client
 from tests.live.providers import Answer, provider
 from tests.live.test_approvals import start
 from tests.live.test_traces import expected
@@ -46,7 +45,7 @@ class Hosted:
 
     async def collected(self, name: str, *, pending: bool | None = None) -> None:
         """Wait until such a span of the last run is there."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             while not any(  # noqa: ASYNC110 - another process sends
                 it.name == name and pending in {None, it.pending} for it in self._collector.spans()
             ):
@@ -85,7 +84,7 @@ async def hosted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> AsyncGen
                 otlp_endpoint=collector.url,
                 log_file=tmp_path / "log",
             ) as worker,
-            httpx2.AsyncClient(timeout=60, trust_env=False) as http,
+            http_client() as http,
         ):
             await server.register(worker.url)
             yield Hosted(Ingress(server, http), collector, capsys)

@@ -17,7 +17,7 @@ from durable._collector import Collector, Span, latest
 from durable._process import free_ports
 from durable.server import RestateServer
 from durable.worker import Worker
-from tests.live.hosting import Ingress
+from tests.live.hosting import PATIENCE, Ingress, http_client
 from tests.live.providers import Answer, provider
 from tests.live.test_approvals import answer, end, pending, start
 
@@ -65,7 +65,7 @@ class Traced:
 
     async def begun(self) -> str:
         """Wait until a tool says that it has begun, and return what it says."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while not (self.folder / "begun").exists():  # noqa: ASYNC110 - another process makes it
                 await asyncio.sleep(0.02)
         return (self.folder / "begun").read_text()
@@ -84,7 +84,7 @@ class Traced:
 
     async def until(self, fact: Callable[[list[Span]], bool]) -> list[Span]:
         """Wait until `fact` holds for what was collected: not every exporter sends at once."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             while not fact(spans := self.collector.spans()):  # noqa: ASYNC110 - another process sends
                 await asyncio.sleep(0.05)
         return spans
@@ -153,7 +153,7 @@ def tree(spans: Iterable[Span]) -> str:
 
 @pytest.fixture
 async def http() -> AsyncGenerator[httpx2.AsyncClient]:
-    async with httpx2.AsyncClient(timeout=60, trust_env=False) as http:
+    async with http_client() as http:
         yield http
 
 

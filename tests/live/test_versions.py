@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import httpx2
 import pytest
 import restate
 from pydantic import BaseModel
@@ -16,7 +15,7 @@ from restate.ext.pydantic import RestateAgent
 
 import durable
 from durable.server import RestateServer
-from tests.live.hosting import Ingress, hosted, serving
+from tests.live.hosting import PATIENCE, Ingress, hosted, http_client, serving
 from tests.live.scripted import calls, done
 
 pytestmark = pytest.mark.live
@@ -213,7 +212,7 @@ async def test_moving_from_restates_own_integration(server: RestateServer) -> No
     async with (
         serving(restate.app([service(old_agent, waits=True)])) as old_url,
         serving(durable.app([service(new_agent, waits=False)])) as new_url,
-        httpx2.AsyncClient(timeout=20, trust_env=False) as http,
+        http_client() as http,
     ):
         ingress = Ingress(server, http)
         await server.register(old_url)
@@ -225,7 +224,7 @@ async def test_moving_from_restates_own_integration(server: RestateServer) -> No
         assert await ingress.steps("Moving") == ["moving__model.request"] * 2
         await ingress.post(f"restate/awakeables/{awakeable}/resolve", "go on")
         assert await begun == "RestateAgent"
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while await server.query(PINNED.format(status="!= 'completed'")):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         ended = await server.query(PINNED.format(status="= 'completed'"))

@@ -7,7 +7,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
-import httpx2
 import pytest
 
 import durable
@@ -15,7 +14,7 @@ from durable import _agent_run
 from durable._driver import Driver
 from durable.server import RestateServer
 from durable.worker import Worker
-from tests.live.hosting import Ingress, hosted
+from tests.live.hosting import Ingress, hosted, http_client
 from tests.live.scripted import done
 from tests.live.test_approvals import answer, end, pending, refunds, start
 
@@ -42,7 +41,7 @@ async def test_worker_and_server_are_killed_between_question_and_answer(tmp_path
     async with (
         RestateServer() as server,
         Worker("tests.live.waiting_app:app", env={"WAITING_TRACE": str(trace)}) as worker,
-        httpx2.AsyncClient(timeout=60, trust_env=False) as http,
+        http_client() as http,
     ):
         ingress = Ingress(server, http)
         await server.register(worker.url)
