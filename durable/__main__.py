@@ -15,6 +15,9 @@ from durable._trace import show_trace
 from durable.client import ClientError, Handle, RejectedInput
 from durable.worker import EXIT_NO_APP, AppNotFoundError, serve
 
+EXIT_INTERRUPTED = 130
+"""What shells make of SIGINT. Servers are meant to be stopped by it: they handle it, and exit with 0."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
@@ -22,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except KeyboardInterrupt:
-        return 0
+        return EXIT_INTERRUPTED
     except (ProcessError, ClientError) as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", markup=False)
         return EXIT_NO_APP if isinstance(error, AppNotFoundError) else 1

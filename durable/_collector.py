@@ -164,18 +164,22 @@ class Collector:
                 b"Spans are taken as protobuf: OTEL_EXPORTER_OTLP_TRACES_PROTOCOL=http/protobuf.",
             )
         try:
-            self._store(_decompressed(body, headers.get(b"content-encoding", b"").decode()))
-        except (DecodeError, OSError, EOFError, zlib.error) as error:
+            self._store(_read_request(body, headers.get(b"content-encoding", b"").decode()))
+        except DecodeError as error:
             return 400, f"The request could not be read: {error}".encode()
+        except OSError as error:
+            return 503, f"The spans could not be stored: {error}".encode()
         return 200, _accepted()
 
     async def _answer_grpc(self, body: bytes, send: Any) -> None:
         """Answer a call of gRPC: a message is preceded by a flag for compression and its length."""
         status, message = b"0", b""
         try:
-            self._store(_decompressed(body[5:], "gzip" if body[:1] == b"\1" else ""))
-        except (DecodeError, OSError, EOFError, zlib.error) as error:
+            self._store(_read_request(body[5:], "gzip" if body[:1] == b"\1" else ""))
+        except DecodeError as error:
             status, message = b"3", str(error).encode()  # INVALID_ARGUMENT
+        except OSError as error:
+            status, message = b"14", str(error).encode()  # UNAVAILABLE
         content = _accepted()
         trailers = [(b"grpc-status", status), (b"grpc-message", message)]
         await send(
@@ -190,8 +194,8 @@ class Collector:
         await send({"type": "http.response.body", "body": frame})
         await send({"type": "http.response.trailers", "headers": trailers})
 
-    def _store(self, message: bytes) -> None:
-        lines = b"".join(to_json(span) + b"\n" for span in _spans(message))
+    def _store(self, request: ExportTraceServiceRequest) -> None:
+        lines = b"".join(to_json(span) + b"\n" for span in _spans(request))
         if self.file.exists() and self.file.stat().st_size > MAX_FILE_SIZE:
             self.file.replace(_before(self.file))
         self._append(lines)
@@ -248,12 +252,16 @@ def _accepted() -> bytes:
     return ExportTraceServiceResponse().SerializeToString()
 
 
-def _decompressed(body: bytes, encoding: str) -> bytes:
-    return {"gzip": gzip.decompress, "deflate": zlib.decompress}.get(encoding, bytes)(body)
+def _read_request(body: bytes, encoding: str) -> ExportTraceServiceRequest:
+    decompress = {"gzip": gzip.decompress, "deflate": zlib.decompress}.get(encoding, bytes)
+    try:
+        return ExportTraceServiceRequest.FromString(decompress(body))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DecodeError(str(error)) from error
 
 
-def _spans(message: bytes) -> Iterator[Span]:
-    for resource in ExportTraceServiceRequest.FromString(message).resource_spans:
+def _spans(request: ExportTraceServiceRequest) -> Iterator[Span]:
+    for resource in request.resource_spans:
         service = str(_attributes(resource.resource.attributes).get("service.name", ""))
         for scope in resource.scope_spans:
             for span in scope.spans:
@@ -272,7 +280,7 @@ def _span(span: ProtoSpan, *, service: str, scope: str) -> Span:
         span_id=span_id,
         parent_id=parent_id if parent_id.strip("0") else None,
         name=span.name,
-        kind=ProtoSpan.SpanKind.Name(span.kind).removeprefix("SPAN_KIND_"),
+        kind=_KINDS.get(span.kind, "UNSPECIFIED"),
         start=span.start_time_unix_nano,
         end=span.end_time_unix_nano,
         error=span.status.message if failed else None,
@@ -289,6 +297,9 @@ def _span(span: ProtoSpan, *, service: str, scope: str) -> Span:
         ],
         pending=pending,
     )
+
+
+_KINDS = {number: name.removeprefix("SPAN_KIND_") for name, number in ProtoSpan.SpanKind.items()}
 
 
 def _attributes(attributes: Iterable[KeyValue]) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 import asyncio
 import logging
+import os
+import signal
 import ssl
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
@@ -966,6 +969,22 @@ class TestCommands:
         failed = await client.send(fail, 402)
         assert await asyncio.to_thread(main, ["watch", str(failed)]) == 1
         assert "[402] sold out" in capsys.readouterr().out
+
+    async def test_watching_is_given_up(self, client: Client, server: RestateServer) -> None:
+        """The exit code is the one of SIGINT, and not that of a run that ended well; the run goes on."""
+        handle = await client.send(wait, "tea")
+        watching = await asyncio.create_subprocess_exec(
+            *[sys.executable, "-m", "durable", "watch", str(handle), "--admin", server.admin_url],
+            env={**os.environ, "FORCE_COLOR": "1"},
+            stdout=asyncio.subprocess.PIPE,
+        )
+        assert watching.stdout is not None
+        await asyncio.wait_for(watching.stdout.readuntil(b"tell"), PATIENCE)
+        watching.send_signal(signal.SIGINT)
+        await watching.communicate()
+        assert watching.returncode == 130
+        await client.resolve_awakeable(await told.get(), "now")
+        await client.attach(handle)
 
     async def test_errors(self, ingress: Ingress, capsys: pytest.CaptureFixture[str]) -> None:
         """One line each."""
