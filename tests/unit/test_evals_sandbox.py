@@ -6,11 +6,28 @@ from evals.sandbox import run_tests, source_of
 
 ADD = "def add(a, b):\n    return a + b\n"
 TESTS = "assert add(1, 2) == 3\n"
+DATACLASS = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Sum:
+    of: list[int]
+
+def add(a, b):
+    return sum(Sum([a, b]).of)
+"""
 
 
 @pytest.mark.parametrize(
     "code",
-    [ADD, f"import re, json, heapq, datetime\n{ADD}", f"open('a.txt', 'w').write('x')\n{ADD}"],
+    [
+        ADD,
+        f"import re, json, heapq, datetime, threading, random, asyncio\n{ADD}",
+        f"open('a.txt', 'w').write('x')\nassert open('a.txt').read() == 'x'\n{ADD}",
+        f"import glob, os\nassert glob.glob('*.py') == []\nos.listdir()\n{ADD}",
+        DATACLASS,
+    ],
 )
 def test_right_code_passes(code: str) -> None:
     assert run_tests(code, TESTS).passed
@@ -39,6 +56,25 @@ def test_right_code_passes(code: str) -> None:
             "not allowed",
         ),
         ("import os; raise SystemExit(os.environ['PATH'])", "KeyError"),
+        ("import os; os.truncate('/dev/null', 0)", "os.truncate is not allowed"),
+        ("import os; os.link('/etc/passwd', 'a')", "os.link is not allowed"),
+        ("import os; os.symlink('/etc', 'a')", "os.symlink is not allowed"),
+        ("import os; os.mkdir('/tmp/spy')", "os.mkdir is not allowed"),
+        ("import os; os.chdir('/')", "os.chdir is not allowed"),
+        ("import os; os.listdir('/')", "out of bounds"),
+        ("import json, os\nos.open(json.__file__, os.O_RDWR)", "read-only"),
+        ("import os; os.open('/dev/shm/spy', os.O_CREAT | os.O_RDWR)", "out of bounds"),
+        ("import json, os\nos.open(os.path.dirname(json.__file__), os.O_RDONLY)", "a directory"),
+        ("import io, pathlib; io.FileIO(pathlib.Path('/etc/passwd'))", "no string"),
+        ("import sqlite3; sqlite3.connect('/tmp/spy.db')", "sqlite3.connect is not allowed"),
+        (
+            "import resource; resource.prlimit(0, resource.RLIMIT_CPU, (9, 9))",
+            "resource.prlimit is not allowed",
+        ),
+        ("import _posixsubprocess; _posixsubprocess.fork_exec()", "fork_exec is not allowed"),
+        ("for n in range(11): open(f'{n}', 'w')", "no more than 10 files"),
+        ("import os; open('a', 'wb').write(b'x' * 2**21); os.stat('a')", "File too large"),
+        ("import __main__; print(__main__.main)", "no attribute 'main'"),
     ],
 )
 def test_what_is_wrong_is_said(code: str, reason: str) -> None:
