@@ -12,8 +12,8 @@ Those that were lost with a killed worker are made of the journal.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Generator, Iterable
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -59,8 +59,8 @@ class IngressRunner:
     unreachable: list[str] = field(default_factory=list[str])
     """Why calls got no answer: then there is nothing to say about the cases."""
 
-    async def check(self) -> None:
-        """Look whether ingress and admin API answer.
+    async def check(self, patterns: Iterable[str]) -> None:
+        """Look whether ingress and admin API answer, and know the services of the patterns.
 
         Raises:
             UserError: They do not.
@@ -74,10 +74,31 @@ class IngressRunner:
                         f"No answer from {url} ({type(error).__name__}: {error}). Is restate-server running "
                         "there? Without `--ingress`, the suite starts one, with the services."
                     ) from error
+            for service in sorted({EVAL_PATTERNS[name].client.service for name in patterns}):
+                if (await http.get(f"{self.admin_url}/services/{service}")).status_code == 404:
+                    raise UserError(
+                        f"No `{service}` is registered at {self.admin_url}: serve the services with "
+                        "`durable dev services:app`, or leave `--ingress` out."
+                    )
 
     async def run(self, pattern: str, request: BaseModel, *, run: str) -> BaseModel:
         """Invoke the service, or get what it answered under the same key."""
-        return await asyncio.to_thread(self._call, pattern, request, self._key(pattern, run))
+        with self._noting():
+            return await asyncio.to_thread(self._call, pattern, request, self._key(pattern, run))
+
+    @contextmanager
+    def _noting(self) -> Generator[None]:
+        """Note that nobody answers. A run that takes too long is a case that failed."""
+        try:
+            yield
+        except (ClientError, httpx2.TransportError) as error:
+            cause = error.__cause__ if isinstance(error, ClientError) else error
+            late = isinstance(cause, httpx2.ReadTimeout)
+            if isinstance(cause, httpx2.TransportError) and not late:
+                self.unreachable.append(
+                    f"No answer from the ingress or the admin API ({type(cause).__name__}: {cause})."
+                )
+            raise
 
     def _call(self, pattern: str, request: BaseModel, key: str) -> BaseModel:
         headers: dict[str, str] = {}
@@ -88,14 +109,9 @@ class IngressRunner:
             timeout=httpx2.Timeout(TIMEOUT, connect=5),
             trust_env=False,
         ) as http:
-            try:
-                client = self._client(http, pattern, request, key)
-                body = EVAL_PATTERNS[pattern].request(request)
-                return call(http, client, body, idempotency_key=key)
-            except ClientError as error:
-                if isinstance(error.__cause__, httpx2.TransportError):
-                    self.unreachable.append(str(error))
-                raise
+            client = self._client(http, pattern, request, key)
+            body = EVAL_PATTERNS[pattern].request(request)
+            return call(http, client, body, idempotency_key=key)
 
     def _client(
         self, http: httpx2.Client, pattern: str, inputs: BaseModel, key: str
@@ -114,7 +130,14 @@ class IngressRunner:
         self, pattern: str, context: EvaluatorContext[Any, Any, Any], *, run: str
     ) -> EvaluatorContext[Any, Any, Any]:
         """Take spans and duration from the journals of the run and of what it called."""
-        client, key = EVAL_PATTERNS[pattern].client, self._key(pattern, run)
+        with self._noting():
+            return await self._observe(
+                EVAL_PATTERNS[pattern].client, context, self._key(pattern, run)
+            )
+
+    async def _observe(
+        self, client: Pattern[Any], context: EvaluatorContext[Any, Any, Any], key: str
+    ) -> EvaluatorContext[Any, Any, Any]:
         [invocation] = await self._query(
             "SELECT id, created_at, completed_at FROM sys_invocation WHERE target_service_name = "
             f"'{client.service}' AND target_handler_name = '{client.handler}' "

@@ -16,6 +16,7 @@ from typing import Any
 import logfire
 import pytest
 from opentelemetry import trace
+from pydantic_ai.exceptions import UserError
 from pydantic_ai.messages import TextPart
 from pydantic_evals.evaluators import Evaluator
 from pydantic_evals.otel import SpanTree
@@ -299,14 +300,38 @@ def output(directory: Path) -> str:
     return (directory / "output.txt").read_text()
 
 
-async def test_an_ingress_that_goes_down(server: RestateServer) -> None:
+@pytest.mark.parametrize("name", ["routing", "human-in-the-loop"])
+async def test_an_ingress_that_goes_down(server: RestateServer, name: str) -> None:
     """Cases that got no answer are no failures of the model: the runner knows."""
-    loaded = load("routing")
+    loaded = load(name)
     loaded.dataset.cases = loaded.dataset.cases[:1]
     runner = IngressRunner(
         experiment="down", ingress_url="http://127.0.0.1:1", admin_url=server.admin_url
     )
-    report: PatternReport = await run_pattern("routing", loaded, runner, experiment="down")
+    report: PatternReport = await run_pattern(name, loaded, runner, experiment="down")
     assert report.results[0].error is not None
     [reason] = runner.unreachable
     assert "No answer from the ingress" in reason
+
+
+async def test_an_admin_api_that_goes_down(server: RestateServer) -> None:
+    loaded = load("routing")
+    loaded.dataset.cases = loaded.dataset.cases[:1]
+    DEFAULT_MODEL.wrapped = ReferenceModel(exchanges_of("routing", loaded.dataset.cases))
+    async with running(server, "no-admin") as runner:
+        runner.admin_url = "http://127.0.0.1:1"
+        await run_pattern("routing", loaded, runner, experiment="no-admin")
+    [reason] = runner.unreachable
+    assert "the admin API" in reason
+
+
+async def test_services_that_are_not_there(server: RestateServer) -> None:
+    """Said at once, and not as many failed cases."""
+    async with running(server, "there") as runner:
+        await runner.check(EVAL_PATTERNS)
+    async with RestateServer() as empty:
+        runner = IngressRunner(
+            experiment="not", ingress_url=empty.ingress_url, admin_url=empty.admin_url
+        )
+        with pytest.raises(UserError, match="No `RoutingService` is registered at"):
+            await runner.check(["routing"])
