@@ -49,12 +49,13 @@ def load(name: str, *, directory: Path = DATASETS) -> LoadedDataset:
         UserError: The dataset is malformed; the message names file, line and field.
     """
     path = directory / f"{name}.yaml"
+    text = _text(path)
     try:
-        text = path.read_text(encoding="utf-8")
         node = _nodes(text)
         data = yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"The dataset of {name!r} cannot be read: {error}") from error
+    except yaml.reader.ReaderError as error:
+        line = text[: cast(int, error.position)].count("\n") + 1
+        raise UserError(f"{path}:{line}: this is no YAML: {error.reason}") from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}:{line}: this is no YAML: {error.problem}") from error
@@ -73,11 +74,23 @@ def load(name: str, *, directory: Path = DATASETS) -> LoadedDataset:
         raise UserError(
             "\n".join(f"{path}:{_line_of_name(text, data, node, str(it))}: {it}" for it in faults)
         ) from error
+    if faults := list(_twice(node)):  # of which YAML has dropped all but the last
+        raise UserError("\n".join(f"{path}:{line}: {key}: twice" for line, key in faults))
     # pydantic-evals does not check what evaluators are given.
     if faults := list(_faults_of_evaluators(dataset)):
         raise UserError("\n".join(f"{path}:{_line(node, at)}: {what}" for at, what in faults))
     version = hashlib.sha256(text.encode()).hexdigest()[:12]
     return LoadedDataset(dataset=dataset, version=version)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"The dataset of {path.stem!r} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: this is no UTF-8: {error.reason}") from error
 
 
 def dataset_type(name: str) -> type[Dataset[Any, Any, Any]]:
@@ -95,7 +108,23 @@ def schema(name: str) -> str:
     return json.dumps(dataset_type(name).model_json_schema_with_evaluators(EVALUATORS), indent=1)
 
 
+def _twice(node: Any) -> Iterator[tuple[int, str]]:
+    """Yield the fields that stand in a mapping a second time, with their lines."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _twice(item)
+    elif isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                yield key.start_mark.line + 1, key.value
+            seen.add(key.value)
+            yield from _twice(value)
+
+
 def _check(dataset: Dataset[Any, Any, Any]) -> None:
+    if not dataset.cases:
+        raise ValueError("cases: there are none")
     for case in dataset.cases:
         if not _NAME.fullmatch(case.name or ""):
             raise ValueError(

@@ -89,6 +89,13 @@ def test_the_version_is_that_of_the_content(tmp_path: Path) -> None:
             "name: Export All",
             f"{line('name: export-all')}: case 'Export All': every case has a name",
         ),
+        (ROUTING, "cases: []", "1: cases: there are none"),
+        (
+            "  evaluators:\n  - RoutedTo: [technical]\n",
+            "  evaluators: []\n  evaluators:\n  - RoutedTo: [technical]\n",
+            f"{line('RoutedTo: [technical]')}: evaluators: twice",
+        ),
+        ("name: routing", "name: routing\a", "2: this is no YAML: special characters"),
         (ROUTING, "cases: 3", "1: cases: Input should be a valid list"),
         (ROUTING, "", "1: the file: Input should be a valid dictionary"),
     ],
@@ -99,6 +106,13 @@ def test_malformed(tmp_path: Path, old: str, new: str, fault: str) -> None:
     with pytest.raises(UserError) as error:
         load("routing", directory=tmp_path)
     assert str(error.value).startswith(f"{path}:{fault}")
+
+
+def test_another_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "routing.yaml"
+    path.write_bytes("name: routing\ncases: [{name: é}]".encode("latin-1"))
+    with pytest.raises(UserError, match=r"routing\.yaml:2: this is no UTF-8"):
+        load("routing", directory=tmp_path)
 
 
 def test_a_run_that_was_exported(tmp_path: Path) -> None:
