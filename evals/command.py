@@ -10,6 +10,7 @@ import asyncio
 import os
 import re
 import signal
+import tempfile
 import time
 import tomllib
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -21,6 +22,7 @@ import httpx2
 import logfire
 from pydantic import BaseModel
 from pydantic_ai.exceptions import UserError
+from pydantic_ai.models import infer_model
 from rich.console import Console
 
 import durable
@@ -89,7 +91,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (asyncio.CancelledError, KeyboardInterrupt):
         console.print("interrupted")
         return 130
-    except (UserError, LocalModelError, ServerError, WorkerError, httpx2.HTTPError) as error:
+    except (
+        UserError,
+        LocalModelError,
+        ServerError,
+        WorkerError,
+        httpx2.HTTPError,
+        OSError,
+    ) as error:
         Console(stderr=True).print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
         return 2
 
@@ -153,40 +162,81 @@ async def _evals(arguments: Arguments, console: Console) -> int:
     thresholds = _thresholds()
     loaded = {name: load(name) for name in arguments.patterns or EVAL_PATTERNS}
     versions = {name: it.version for name, it in loaded.items()}
-    baseline = read_baseline(arguments.baseline, versions) if arguments.baseline else None
-    model = await _use_model(arguments, loaded)
+    judge = _judge()
+    baseline = (
+        read_baseline(arguments.baseline, versions, judge=judge) if arguments.baseline else None
+    )
     experiment = arguments.experiment or f"evals-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    path = _report_path(arguments.report or arguments.data / "reports" / experiment)
+    model = await _use_model(arguments, loaded)
     began = time.monotonic()
     async with _runner(arguments, experiment, model, versions) as runner:
         console.print(f"experiment {experiment}, model {model}, via {arguments.via}")
         patterns: dict[str, PatternReport] = {}
         for name, it in loaded.items():
-            patterns[name] = await run_pattern(
-                name,
-                it,
-                runner,
-                experiment=experiment,
-                repeat=arguments.repeat,
-                max_concurrency=arguments.max_concurrency,
-                progress=console.is_terminal,
-            )
+            try:
+                patterns[name] = await run_pattern(
+                    name,
+                    it,
+                    runner,
+                    experiment=experiment,
+                    repeat=arguments.repeat,
+                    max_concurrency=arguments.max_concurrency,
+                    progress=console.is_terminal,
+                )
+            except asyncio.CancelledError:
+                if arguments.via == "ingress":
+                    console.print(_GO_ON.format(experiment), soft_wrap=True)
+                raise
+            if isinstance(runner, IngressRunner) and runner.unreachable:
+                raise UserError(f"{runner.unreachable[0]} {_GO_ON.format(experiment)}")
             console.print(f"{time.monotonic() - began:6.0f} s  {name} {patterns[name].score:.1%}")
-        if isinstance(runner, IngressRunner) and runner.unreachable:
-            raise UserError(
-                f"{runner.unreachable[0]} Go on with `--experiment {experiment}`: what is finished is kept."
-            )
     report = Report(
         experiment=experiment,
         model=model,
         via=arguments.via,
         repeat=arguments.repeat,
-        judge=os.environ.get(JUDGE_VARIABLE) or None,
+        judge=judge,
         finished=datetime.now(UTC),
         seconds=time.monotonic() - began,
         patterns=patterns,
     )
-    _write(report, baseline, arguments.report or arguments.data / "reports" / experiment, console)
+    _write(report, baseline, path, console)
     return _verdict(report, thresholds.get(model, thresholds["default"]), console)
+
+
+_GO_ON = "Go on with `--experiment {}`: what is finished is kept."
+
+
+def _judge() -> str | None:
+    """Return the name of the judge's model, if one is configured.
+
+    Raises:
+        UserError: There is no such model, which is to be known before the agents' models are paid.
+    """
+    if not (name := os.environ.get(JUDGE_VARIABLE)):
+        return None
+    try:
+        infer_model(name)
+    except Exception as error:  # of PydanticAI, or of the provider's own client
+        raise UserError(f"`{JUDGE_VARIABLE}` names no model that can be asked: {error}") from error
+    return name
+
+
+def _report_path(path: Path) -> Path:
+    """Return where the reports go, without a suffix, and see that they can be written there.
+
+    Raises:
+        UserError: They cannot, which is to be known before they are there.
+    """
+    path = path.with_suffix("") if path.suffix in {".json", ".md"} else path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"The report cannot be written to {path.parent}: {error}") from error
+    return path
 
 
 async def _use_model(arguments: Arguments, loaded: Mapping[str, LoadedDataset]) -> str:
@@ -222,7 +272,7 @@ async def _runner(
             ingress_url=arguments.ingress.rstrip("/"),
             admin_url=arguments.admin.rstrip("/"),
         )
-        await runner.check()
+        await runner.check(versions)
         yield runner
         return
     async with hosted(experiment, data_dir=arguments.data) as runner:
@@ -250,15 +300,19 @@ def _record(path: Path, model: str, versions: dict[str, str]) -> None:
 
 
 def _write(report: Report, baseline: Report | None, path: Path, console: Console) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(markdown(report, baseline), encoding="utf-8")
     console.print(table(report))
     for row in comparison_table(differences(report, baseline)):
         console.print("compared with the baseline: " + "  ".join(row), markup=False)
     for fault in faults(report):
         console.print(f"- {fault}", style="dim", markup=False, soft_wrap=True)
-    console.print(f"report: {path.with_suffix('.md')}", soft_wrap=True)
+    for suffix, text in (
+        (".json", report.model_dump_json(indent=1) + "\n"),
+        (".md", markdown(report, baseline)),
+    ):
+        # not `with_suffix`, which takes the 2 of `gpt-5.2` for one
+        written = path.with_name(path.name + suffix)
+        written.write_text(text, encoding="utf-8")
+        console.print(f"report: {written}", markup=False, soft_wrap=True)
 
 
 def _thresholds() -> dict[str, float]:

@@ -8,9 +8,9 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import anyio.to_thread
 from pydantic import BaseModel
@@ -214,6 +214,37 @@ class Avoids(Evaluator[Any, Any, Any]):
         text = _even(answer_text(ctx.output)).casefold()
         found = [it for it in self.texts if _even(it).casefold() in text]
         return _verdict(f"it says {found}" if found else None)
+
+
+@dataclass
+class NoEcho(Evaluator[Any, Any, Any]):
+    """No text of the input with so many words or more is in the answer as a whole: an echo passes much else."""
+
+    words: int
+
+    def evaluate(self, ctx: Context) -> EvaluatorOutput:
+        answer = f" {_words(answer_text(ctx.output))} "
+        texts = [_words(text) for text in _texts(ctx.inputs.model_dump())]
+        echoed = [it for it in texts if it.count(" ") + 1 >= self.words and f" {it} " in answer]
+        return _verdict(f"repeated: {echoed}" if echoed else None)
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def _texts(value: object) -> Iterator[str]:
+    match value:
+        case str():
+            yield value
+        case Mapping():
+            for it in cast("Mapping[str, object]", value).values():
+                yield from _texts(it)
+        case list():
+            for it in cast("list[object]", value):
+                yield from _texts(it)
+        case _:
+            pass
 
 
 @dataclass
@@ -421,7 +452,7 @@ class Judge(Evaluator[Any, Any, Any]):
 EVALUATORS: list[type[Evaluator[Any, Any, Any]]] = [
     *(Agents, AtMostWords, Avoids, Calculated, Code, EveryDraft, EveryInput),
     *(Figures, InOrder, Json, Judge),
-    *(MarkdownTable, Mentions, MostUrgentFirst, NoInventedFigures, NothingTwice, Outcome, Plan),
-    *(RoutedTo, Tools),
+    *(MarkdownTable, Mentions, MostUrgentFirst, NoEcho, NoInventedFigures, NothingTwice, Outcome),
+    *(Plan, RoutedTo, Tools),
 ]
 """What a dataset can name."""

@@ -137,15 +137,16 @@ def compare(report: PatternReport, baseline: PatternReport) -> Difference:
     )
 
 
-def read_baseline(path: Path, versions: Mapping[str, str]) -> Report:
+def read_baseline(path: Path, versions: Mapping[str, str], *, judge: str | None = None) -> Report:
     """Read a report to compare with.
 
     Args:
         path: The JSON report.
         versions: The versions of the datasets that will be run.
+        judge: The model that will judge.
 
     Raises:
-        UserError: It is no report, or one of other datasets.
+        UserError: It is no report, or one of other datasets or by another judge.
     """
     try:
         baseline = Report.model_validate_json(path.read_bytes())
@@ -165,6 +166,11 @@ def read_baseline(path: Path, versions: Mapping[str, str]) -> Report:
             )
     if not baseline.patterns.keys() & versions.keys():
         raise UserError(f"The baseline {path} has none of: {', '.join(versions)}.")
+    if baseline.judge != judge:
+        raise UserError(
+            f"The baseline {path} was made {_judged(baseline.judge)}, and this is {_judged(judge)}: scores with another "
+            "share of checks cannot be compared."
+        )
     return baseline
 
 
@@ -186,14 +192,14 @@ def table(report: Report) -> Table:
 
 def markdown(report: Report, baseline: Report | None = None) -> str:
     """Write the report for people."""
-    judged = f"judged by {report.judge}" if report.judge else "without a judge"
     parts = [
         f"# Evals: {report.model}",
         *([NOTES[report.model]] if report.model in NOTES else []),
         f"Experiment {report.experiment}, finished {report.finished:%Y-%m-%d %H:%M} UTC after {report.seconds:.0f} s; "
-        f"via {report.via}, {report.repeat} run(s) of each case, {judged}. *passed*: runs with no check failed. "
-        "*score*: the share of checks that passed; a run that failed has none. p50 and p95 are seconds, of runs "
-        "beside each other; USD are `-` where nobody knows the model's price.",
+        f"via {report.via}, {report.repeat} run(s) of each case, {_judged(report.judge)}. *passed*: runs with no "
+        "check failed. *score*: the share of checks that passed; a run that failed has none. p50 and p95 are seconds, "
+        "of runs beside each other; USD are `-` where nobody knows the model's price. Runs that failed are not in "
+        "seconds, requests, tokens and USD.",
         _markdown_table(COLUMNS, _rows(report)),
     ]
     if changes := differences(report, baseline):
@@ -207,6 +213,10 @@ def markdown(report: Report, baseline: Report | None = None) -> str:
     parts.append("## What failed")
     parts += [f"- {fault}" for fault in faults(report)] or ["Nothing."]
     return _joined(parts) + "\n"
+
+
+def _judged(judge: str | None) -> str:
+    return f"judged by {judge}" if judge else "without a judge"
 
 
 def faults(report: Report) -> Iterable[str]:
@@ -282,6 +292,8 @@ def _markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> st
 
 def _line(text: str) -> str:
     text = " ".join(text.split())
+    # a model's text: no terminal is to obey it
+    text = "".join(it if it.isprintable() else ascii(it)[1:-1] for it in text)
     return (text if len(text) <= 160 else text[:157] + "...").replace("|", "\\|")
 
 

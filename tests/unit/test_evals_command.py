@@ -47,7 +47,7 @@ def test_below_the_threshold(
     assert "routing scored 100.0%, below 110%" in capsys.readouterr().out
     monkeypatch.undo()
     assert main(["routing", "--model", "sloppy", "--data", str(tmp_path)]) == 1
-    assert "routing scored 56.0%, below 90%" in capsys.readouterr().out
+    assert "routing scored 61.5%, below 90%" in capsys.readouterr().out
 
 
 def test_committed_reports() -> None:
@@ -81,6 +81,35 @@ def test_a_missing_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert "`OPENAI_API_KEY` is not set" in capsys.readouterr().err
     assert main(["--model", "gpt"]) == 2
     assert "names no model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("judge", ["nonsense", "openai:gpt-6-luna"])
+def test_a_judge_that_cannot_be_asked(
+    judge: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the agents are paid for: no check of theirs fails for it."""
+    monkeypatch.setenv("EVALS_JUDGE_MODEL", judge)
+    assert main(["routing", "--model", "reference", "--data", str(tmp_path)]) == 2
+    assert "`EVALS_JUDGE_MODEL` names no model that can be asked" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["gpt-5.2", "gpt-5.2.json", "gpt-5.2.md"])
+def test_the_name_of_the_report(name: str, tmp_path: Path) -> None:
+    files = ["--data", str(tmp_path), "--report", str(tmp_path / "out" / name)]
+    assert main(["routing", "--model", "reference", *files]) == 0
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert found == {"gpt-5.2.json", "gpt-5.2.md"}
+
+
+def test_a_report_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said before anything runs: afterwards the figures would be lost."""
+    monkeypatch.setattr(command, "run_pattern", None)
+    (tmp_path / "file").touch()
+    files = ["--data", str(tmp_path), "--report", str(tmp_path / "file" / "report")]
+    assert main(["routing", "--model", "reference", *files]) == 2
+    assert "The report cannot be written to" in capsys.readouterr().err
 
 
 def test_an_ingress_that_is_down(

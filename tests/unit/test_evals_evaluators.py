@@ -33,6 +33,7 @@ from evals.evaluators import (
     MarkdownTable,
     Mentions,
     MostUrgentFirst,
+    NoEcho,
     NoInventedFigures,
     NothingTwice,
     Outcome,
@@ -201,6 +202,18 @@ ANSWERS: list[tuple[Evaluator[Any, Any, Any], Any, BaseModel, BaseModel]] = [
     (Json({"a": 1}), None, text('{"a": 1}'), text('Sure! {"a": 1}')),
     (Mentions(["refund|credit", "plan"]), None, text("Credit your Plan"), text("your plan")),
     (Avoids(["pwned"]), None, text("fine"), text("PWNED")),
+    (
+        NoEcho(3),
+        CallChainingRequest(text="Seven mugs are blue", prompts=["Be brief."]),
+        text("Are seven mugs blue? Be brief."),
+        text("Well: seven mugs\nare blue!"),
+    ),
+    (
+        NoEcho(3),
+        CallChainingRequest(text="t", prompts=["p", "Say it twice."]),
+        text("p t"),
+        text("say it TWICE"),
+    ),
     (AtMostWords(2), None, text("two words"), text("now three words")),
     (RoutedTo(["account", "product"]), None, routed("product"), routed("billing")),
     (

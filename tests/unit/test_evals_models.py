@@ -1,13 +1,16 @@
 """A perfect model passes everything; a sloppy one fails exactly the checks it should, whatever the pattern."""
 
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from typing import Any
 
 import logfire
 import pytest
 
 import durable
 from agents.models import DEFAULT_MODEL
+from agents.parallelization import Action, Analysis
+from agents.routing import Reply
 from evals.experiment import LocalRunner, run_pattern
 from evals.loading import LoadedDataset, load
 from evals.patterns import (
@@ -40,6 +43,37 @@ async def test_a_perfect_model_passes_everything(name: str) -> None:
     assert report.score == 1
     assert all(result.requests and result.tokens for result in report.results)
     assert {len(results) for results in report.cases.values()} == {2}
+
+
+ECHOES: dict[str, Callable[[Any, Any], Any]] = {
+    "chaining": lambda inputs, it: [inputs.text] * len(it),
+    "routing": lambda inputs, it: it.model_copy(
+        update={"reply": Reply(subject="Hello", body=inputs.ticket, next_steps=["Nothing."])}
+    ),
+    "parallelization": lambda inputs, it: [
+        Analysis(impacts=[text], actions=[Action(action=text, priority="high")], conclusion=text)
+        for text in inputs.inputs
+    ],
+    "parallel-tools": lambda inputs, it: it.model_copy(update={"answer": inputs.question}),
+    "orchestrator-workers": lambda inputs, it: it.model_copy(update={"text": inputs.assignment}),
+    "human-in-the-loop": lambda inputs, it: [
+        inputs.task,
+        *(f"{inputs.task} {review.comment}" for review in inputs.reviews[:-1]),
+    ],
+}
+"""The reference of a model that does what can be counted, and answers with what it was given."""
+
+
+@pytest.mark.parametrize("name", ECHOES)
+async def test_an_echo_is_no_answer(name: str) -> None:
+    loaded = load(name)
+    for case in loaded.dataset.cases:
+        assert case.metadata is not None
+        case.metadata.reference = ECHOES[name](case.inputs, case.metadata.reference)
+    report = await ran(name, loaded)
+    passed = {name for name, results in report.cases.items() if results[0].passed}
+    assert passed <= {"many-short-inputs"}  # one word each, which any answer has
+    assert report.score < 0.9  # the threshold of models that are not scripted
 
 
 async def sloppy(name: str) -> PatternReport:

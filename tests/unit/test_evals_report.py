@@ -78,6 +78,11 @@ def test_markdown() -> None:
     console.print(table(report(**{"orchestrator-workers": of.patterns["routing"]})))
 
 
+def test_no_terminal_obeys_a_model() -> None:
+    of = report(routing=pattern(a=[result(error="\x1b]0;owned\x07 ‮ ü")]))
+    assert list(faults(of)) == ["routing/a: **failed**: \\x1b]0;owned\\x07 \\u202e ü"]
+
+
 def test_nobody_knows_the_price() -> None:
     assert "| 10 | - |" in markdown(report(routing=pattern(a=[result(True)])))
     assert markdown(report(routing=pattern(a=[result(True)]))).endswith("\n\nNothing.\n")
@@ -136,6 +141,8 @@ def test_baselines(tmp_path: Path) -> None:
         read_baseline(path, {"chaining": "w1"})
     with pytest.raises(UserError, match="cannot be read"):
         read_baseline(tmp_path / "missing.json", {})
+    with pytest.raises(UserError, match=r"made without a judge, and this is judged by openai:m"):
+        read_baseline(path, {"routing": "v1"}, judge="openai:m")
     path.write_text(json.dumps({"experiment": 3}))
     with pytest.raises(UserError, match="is no report of the eval suite: experiment"):
         read_baseline(path, {})
