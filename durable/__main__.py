@@ -10,7 +10,7 @@ from rich.console import Console
 
 from durable._dev import ServerOptions, run_dev, run_server, spans_file, until_interrupted
 from durable._process import ProcessError
-from durable._runs import ADMIN_URL, admin_client, list_runs, watch
+from durable._runs import ADMIN_URL, admin_client, list_runs, printable, watch
 from durable._trace import show_trace
 from durable.client import ClientError, Handle, RejectedInput
 from durable.worker import EXIT_NO_APP, AppNotFoundError, serve
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except (ProcessError, ClientError) as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", markup=False)
+        Console(stderr=True, highlight=False, soft_wrap=True).print(printable(f"error: {error}"))
         return EXIT_NO_APP if isinstance(error, AppNotFoundError) else 1
 
 

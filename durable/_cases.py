@@ -1,5 +1,6 @@
 """`durable export-case`: makes a case of a pydantic-evals dataset out of a run that has ended well."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ def export_case(
         "inputs": _value(handle, "input", payloads.input),
         "expected_output": _value(handle, "output", payloads.output),
     }
-    about = f"# {invocation.target}, {handle}, {invocation.created_at:%Y-%m-%d}"
+    # a key is a part of the target, and may hold line breaks
+    about = f"# {json.dumps(invocation.target)[1:-1]}, {handle}, {invocation.created_at:%Y-%m-%d}"
     if file is not None:
         _append(file, case, about)
     return _yaml(case, about)
@@ -51,8 +53,20 @@ def _value(handle: Handle[object], what: str, payload: bytes) -> Any:
         ) from None
 
 
+class _Dumper(yaml.SafeDumper):
+    """Escapes the line breaks that only Unicode knows, which YAML takes for others."""
+
+
+def _string(dumper: yaml.SafeDumper, text: str) -> Any:
+    style = '"' if re.search("[\x85\u2028\u2029]", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)  # pyright: ignore[reportUnknownMemberType]
+
+
+_Dumper.add_representer(str, _string)
+
+
 def _yaml(case: _Case, about: str, indent: str = "") -> str:
-    text = yaml.safe_dump([case], sort_keys=False, allow_unicode=True, width=100)
+    text = yaml.dump([case], Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
     return "".join(f"{indent}{line}\n" for line in [about, *text.splitlines()])
 
 

@@ -50,7 +50,7 @@ def list_runs(client: SyncClient, *, service: str | None, status: str | None, li
     for it in client.invocations(service=service, status=status, limit=limit):
         table.add_row(
             it.id,
-            Text(it.target),
+            printable(it.target),
             _status(it),
             f"{it.created_at.astimezone():%Y-%m-%d %H:%M:%S}",
             _seconds(it.created_at, it.completed_at),
@@ -95,7 +95,7 @@ def _view(invocation: Invocation, steps: Sequence[Step], *, left_out: int) -> Re
 
 def headline(invocation: Invocation) -> list[Text]:
     """Return the line about an invocation, and the one about its failure, if it has any."""
-    head = Text.assemble((invocation.target, "bold"), "  ", _status(invocation), "  ")
+    head = Text.assemble(printable(invocation.target, "bold"), "  ", _status(invocation), "  ")
     head.append(_seconds(invocation.created_at, invocation.completed_at))
     failure = invocation.failure or invocation.last_failure
     return [head, *([printable(failure, "red")] if failure else [])]

@@ -27,6 +27,12 @@ from tests.live.hosting import hosted
 pytestmark = pytest.mark.live
 
 things = restate.Service("Things")
+shelf = restate.VirtualObject("Shelf")
+
+
+@shelf.handler()
+async def put(ctx: restate.ObjectContext, input: str) -> str:
+    return input
 
 
 @things.handler()
@@ -53,7 +59,7 @@ async def wait(ctx: restate.Context) -> None:
 async def client(server: RestateServer, monkeypatch: pytest.MonkeyPatch) -> AsyncGenerator[Client]:
     monkeypatch.setenv("RESTATE_ADMIN_URL", server.admin_url)
     async with (
-        hosted(server, things, routing),
+        hosted(server, things, shelf, routing),
         Client(server.ingress_url, admin_url=server.admin_url) as client,
     ):
         yield client
@@ -101,6 +107,7 @@ async def test_any_handler(
     """Values come back as they were, from what is printed and from files."""
     values: list[Any] = [
         {"text": "ü\u2028\n: - # 'x'\t", "nested": {"1": [1e16, 1.5, None, True]}},
+        "a\u2028b\u2029c\x85d",
         "no",
         "2020-01-01",
         7,
@@ -118,6 +125,20 @@ async def test_any_handler(
     nothing = await ended(client, echo)
     assert await export(nothing) == 0
     assert "inputs: null\n" in capsys.readouterr().out
+
+
+async def test_a_key_with_line_breaks(client: Client, capsys: pytest.CaptureFixture[str]) -> None:
+    """It adds nothing to the dataset, and no command lets the terminal obey it."""
+    handle = await client.send(put, "x", key="a\n- name: spy\x1b[31m")
+    await client.attach(handle)
+    assert await export(handle) == 0
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith(r"# Shelf/a\n- name: spy\u001b[31m/put, ")
+    for arguments in (["runs", "--limit", "1"], ["watch", str(handle)]):
+        assert await asyncio.to_thread(main, arguments) == 0
+        shown = capsys.readouterr().out
+        assert r"spy\x1b[31m/put" in shown
+        assert "\x1b[31m" not in shown
 
 
 async def test_runs_that_make_no_case(client: Client, capsys: pytest.CaptureFixture[str]) -> None:
