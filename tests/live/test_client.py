@@ -973,15 +973,23 @@ class TestCommands:
     async def test_watching_is_given_up(self, client: Client, server: RestateServer) -> None:
         """The exit code is the one of SIGINT, and not that of a run that ended well; the run goes on."""
         handle = await client.send(wait, "tea")
+        # the child would inherit that a shell has SIGINT ignored, as it does for what it runs in the background
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         watching = await asyncio.create_subprocess_exec(
             *[sys.executable, "-m", "durable", "watch", str(handle), "--admin", server.admin_url],
             env={**os.environ, "FORCE_COLOR": "1"},
             stdout=asyncio.subprocess.PIPE,
         )
-        assert watching.stdout is not None
-        await asyncio.wait_for(watching.stdout.readuntil(b"tell"), PATIENCE)
-        watching.send_signal(signal.SIGINT)
-        await watching.communicate()
+        signal.signal(signal.SIGINT, before)
+        try:
+            assert watching.stdout is not None
+            await asyncio.wait_for(watching.stdout.readuntil(b"tell"), PATIENCE)
+            watching.send_signal(signal.SIGINT)
+            await asyncio.wait_for(watching.communicate(), PATIENCE)
+        finally:
+            if watching.returncode is None:
+                watching.kill()
+                await watching.wait()
         assert watching.returncode == 130
         await client.resolve_awakeable(await told.get(), "now")
         await client.attach(handle)
