@@ -194,7 +194,7 @@ async def test_context_tools_use_any_async_library(server: RestateServer) -> Non
         seen: list[int] = []
 
         async def branch(number: int) -> None:
-            await anyio.sleep(0.03 * (3 - number))
+            await anyio.sleep(0.3 * (3 - number))
             seen.append(await ctx.run_typed("branch", lambda: number))
 
         async with anyio.create_task_group() as group:
