@@ -33,6 +33,7 @@ from pydantic_ai.exceptions import UserError
 from restate import TerminalError
 from restate.exceptions import SdkInternalException, SuspendedException
 
+from durable._errors import exceptions_only
 from durable._loop import AttemptOver, HandlerLoop, sleeping
 from durable._names import AGENT_RUN, TIMER
 from durable._sdk import (
@@ -141,7 +142,8 @@ class Driver:
                     if self._cancelled
                     else RuntimeError("The handler cancelled itself.")
                 )
-            return root.result()
+            with exceptions_only("The handler"):
+                return root.result()
         except VMException as error:
             raise self._attempt_failed(error) from None
         finally:

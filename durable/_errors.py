@@ -16,7 +16,8 @@ Messages carry no response bodies and no headers: they are stored in the journal
 
 import asyncio
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -82,6 +83,35 @@ VERDICTS: Mapping[type[BaseException], Terminal | Retry] = {
     pai.ToolRetryError: Terminal(500),
     pai.ToolFailedError: Terminal(500),
 }
+
+
+@contextmanager
+def exceptions_only(where: str) -> Generator[None]:
+    """Raise a `RuntimeError` in the place of what is no `Exception`, which nobody around would catch.
+
+    A `SystemExit` of a command line parser, a panic of a Rust library or a `CancelledError` that was only awaited is
+    a failure like any other. What ends the code from outside (the task is cancelled, Ctrl-C) passes.
+
+    Args:
+        where: Names the code within, for the message.
+
+    Raises:
+        RuntimeError: In the place of such an exception.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise
+        raise RuntimeError(f"{where} raised {error!r}, which is no `Exception`.") from error
+
+
+def readable(text: str) -> str:
+    """Return `text` with escapes for what is no Unicode, such as bytes in the name of a file, and cannot be sent."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def verdict(error: BaseException) -> Terminal | Retry | None:
@@ -237,8 +267,8 @@ def _message(error: BaseException) -> str:
         reason = f" ({code})" if code else ""
         return f"model `{error.model_name}` answered {error.status_code}{reason}"
     if isinstance(error, pai.UnexpectedModelBehavior):
-        return error.message  # `str` would add the body
-    return str(error)
+        return readable(error.message)  # `str` would add the body
+    return readable(str(error))
 
 
 def _encode(error: BaseException) -> dict[str, Any]:

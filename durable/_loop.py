@@ -204,8 +204,8 @@ class HandlerLoop(asyncio.AbstractEventLoop):
             if not handle.cancelled():
                 try:
                     handle._run()
-                except AttemptOver:
-                    pass  # the task has it; asyncio hands an interrupt on to whoever runs the loop
+                except (AttemptOver, SystemExit):
+                    pass  # the task has it; asyncio hands these on to whoever runs the loop
 
     @contextmanager
     def _entered(self) -> Generator[None]:

@@ -34,7 +34,14 @@ from restate.serde import BytesSerde
 
 from durable._context import current_invocation
 from durable._driver import InvocationCancelled, hold_back
-from durable._errors import describe, not_serializable, original_error, step_failure, verdict
+from durable._errors import (
+    describe,
+    exceptions_only,
+    not_serializable,
+    original_error,
+    step_failure,
+    verdict,
+)
 from durable._identity import current_run_clock
 from durable._names import declaration, renamed
 from durable._options import StepOptions
@@ -157,7 +164,8 @@ async def run_step(
         current_step.set(step)
         try:
             async with asyncio.timeout(options.timeout):
-                result = await body()
+                with exceptions_only("The step"):
+                    result = await body()
         except Exception as error:  # noqa: BLE001 - raised again
             _raise_failure(error, name, began, caller, _tries.of(step.key, options.run, began))
         _tries.forget(step.key)

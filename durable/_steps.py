@@ -16,12 +16,13 @@ import inspect
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextvars import Context, copy_context
+from functools import partial
 from typing import Any
 
 from restate import TerminalError
 
 from durable._context import step_scope
-from durable._errors import step_failure
+from durable._errors import exceptions_only, step_failure
 
 Step = Callable[[], Coroutine[Any, Any, None]]
 
@@ -105,15 +106,19 @@ class Steps(dict[int, Step]):
     ) -> None:
         async def body() -> Any:
             try:
-                if inspect.iscoroutinefunction(action):
-                    return await action()
-                return await self._host.run_in_executor(None, copy_context().run, action)
+                with exceptions_only("The step"):
+                    if inspect.iscoroutinefunction(action):
+                        return await action()
+                    call = partial(_in_thread, action)
+                    return await self._host.run_in_executor(None, copy_context().run, call)
             except Exception as error:  # noqa: BLE001 - raised again
                 failure = step_failure(error)
                 if not isinstance(failure, TerminalError):
                     self._failing[handle] = siblings_ended = self._host.create_future()
                     self._release_failures()
                     await siblings_ended
+                if failure is error:
+                    raise
                 raise failure from failure.__cause__ or error
 
         try:
@@ -126,3 +131,10 @@ class Steps(dict[int, Step]):
             for siblings_ended in self._failing.values():
                 if not siblings_ended.done():
                     siblings_ended.set_result(None)
+
+
+def _in_thread(action: Callable[[], Any]) -> Any:
+    try:
+        return action()
+    except StopIteration as error:  # cannot be raised into the future that waits for the thread
+        raise RuntimeError("The step raised StopIteration.") from error

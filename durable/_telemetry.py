@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import replace
 from functools import wraps
 from hashlib import blake2b
 from inspect import signature
@@ -42,8 +43,9 @@ from opentelemetry.sdk.trace.sampling import Sampler
 from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, TraceFlags
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from durable._errors import readable
 from durable._names import AGENT_RUN
-from durable._sdk import PendingSpanProcessor
+from durable._sdk import Failure, PendingSpanProcessor
 
 T = TypeVar("T")
 
@@ -259,7 +261,7 @@ class AttemptTelemetry:
 
 
 class _Commands:
-    """The core of the SDK, with each journal entry announced."""
+    """The core of the SDK, with each journal entry announced, and failures in text that it can send."""
 
     def __init__(self, vm: Any, telemetry: AttemptTelemetry) -> None:
         self._vm = vm
@@ -273,6 +275,8 @@ class _Commands:
             method = self._noted(method, _WAITS[name])
         if name in _CALLS:
             method = self._traced(method, _CALLS[name])
+        if name in _FAILURES:
+            method = _readably(method)
         setattr(self, name, method)
         return method
 
@@ -326,6 +330,31 @@ class _Commands:
             return result
 
         return call
+
+
+_FAILURES = {
+    "notify_error",
+    "propose_run_completion_failure",
+    "propose_run_completion_transient",
+    "propose_run_completion_transient_with_delay_override",
+    "sys_write_output_failure",
+}
+"""What tells the core of a failure, which would be lost, and waited for, if the core could not encode its text."""
+
+
+def _readably(method: Callable[..., T]) -> Callable[..., T]:
+    def clean(it: Any) -> Any:
+        if isinstance(it, str):
+            return readable(it)
+        if isinstance(it, Failure):
+            return replace(it, message=readable(it.message), stacktrace=clean(it.stacktrace))
+        return it
+
+    @wraps(method)
+    def tell(*args: Any, **kwargs: Any) -> T:
+        return method(*map(clean, args), **{name: clean(it) for name, it in kwargs.items()})
+
+    return tell
 
 
 _CALLS = {"sys_call": "call", "sys_send": "send"}

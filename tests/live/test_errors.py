@@ -1,6 +1,7 @@
 """Hopeless errors end a run at once; passing ones are retried at the provider's pace."""
 
 import asyncio
+import logging
 from datetime import timedelta
 from email.utils import formatdate
 from time import time
@@ -25,9 +26,9 @@ from pydantic_ai.usage import UsageLimits
 
 import durable
 from durable.server import RestateServer
-from tests.live.hosting import agent_service, hosted
+from tests.live.hosting import AT_MOST_TWICE, PATIENCE, after, agent_service, hosted
 from tests.live.providers import Answer, provider
-from tests.live.scripted import done
+from tests.live.scripted import calls, done
 
 pytestmark = pytest.mark.live
 
@@ -352,3 +353,63 @@ async def test_used_up_retries_let_the_others_begin(server: RestateServer) -> No
 
     async with hosted(server, service) as ingress:
         assert await ingress.call("GivenUp/run") == ["worked", "worked"]
+
+
+class Panic(BaseException):
+    """What libraries written in Rust raise, for instance."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (SystemExit, 2),
+        (Panic, "lost"),
+        (asyncio.CancelledError, ""),
+        (StopIteration, ""),
+        (OSError, "\udc80.txt"),
+    ],
+    ids=lambda it: it.__name__ if isinstance(it, type) else "",
+)
+async def test_any_exception_ends_what_raised_it(
+    server: RestateServer, kind: type[BaseException], said: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is no `Exception`, or has no text that can be sent, leaves nobody waiting and the worker alive."""
+    # its tracebacks hold the text as it is, which pytest-xdist cannot send either
+    caplog.set_level(logging.CRITICAL, logger="restate.server")
+
+    def tool() -> None:
+        raise kind(said)  # a new one each time: its traceback would keep the run in memory
+
+    service = restate.Service("Raising", invocation_retry_policy=AT_MOST_TWICE)
+    agent = Agent(
+        calls("tool"),
+        name="raising",
+        tools=[tool],
+        capabilities=[durable.RestateDurability(tool_run_options=FAST)],
+    )
+
+    @service.handler()
+    async def in_tool(ctx: restate.Context) -> str:
+        return (await agent.run("go")).output
+
+    @service.handler()
+    async def in_step(ctx: restate.Context) -> None:
+        await ctx.run_typed("step", tool, FAST)
+
+    @service.handler()
+    async def in_handler(ctx: restate.Context) -> None:
+        await ctx.run_typed("step", after)
+        tool()
+
+    @service.handler()
+    async def terminal(ctx: restate.Context) -> None:
+        raise restate.TerminalError(str(said))
+
+    async with hosted(server, service) as ingress:
+        for handler in ("in_tool", "in_step", "in_handler", "terminal"):
+            async with asyncio.timeout(PATIENCE):
+                response = await ingress.post(f"Raising/{handler}")
+            assert response.status_code == 500, handler
+            if kind in (Panic, OSError):
+                shown = str(said).encode(errors="backslashreplace").decode()
+                assert shown in response.json()["message"]
