@@ -111,7 +111,7 @@ class Steps(dict[int, Step]):
                         return await action()
                     call = partial(_in_thread, action)
                     return await self._host.run_in_executor(None, copy_context().run, call)
-            except Exception as error:  # noqa: BLE001 - raised again
+            except Exception as error:
                 failure = step_failure(error)
                 if not isinstance(failure, TerminalError):
                     self._failing[handle] = siblings_ended = self._host.create_future()

@@ -42,6 +42,7 @@ from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.sdk.trace.sampling import Sampler
 from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, TraceFlags
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from pydantic_ai.exceptions import UserError
 
 from durable._errors import readable
 from durable._names import AGENT_RUN
@@ -271,6 +272,8 @@ class _Commands:
         method = getattr(self._vm, name)
         if name in _JOURNAL_ENTRIES:
             method = self._announced(method)
+            if not name.startswith("sys_write_output"):  # of the handler's result, by the SDK
+                method = self._in_handler_code(method)
         if name in _WAITS:
             method = self._noted(method, _WAITS[name])
         if name in _CALLS:
@@ -279,6 +282,21 @@ class _Commands:
             method = _readably(method)
         setattr(self, name, method)
         return method
+
+    def _in_handler_code(self, method: Callable[..., T]) -> Callable[..., T]:
+        """Refuse a step that uses its handler's context: when its entry came would be a matter of luck."""
+
+        @wraps(method)
+        def write(*args: Any, **kwargs: Any) -> T:
+            if current_attempt() is not self._telemetry:
+                raise UserError(
+                    "The Restate context was used inside a step (`ctx.run`), where the journal cannot be written. Steps "
+                    "cannot be nested: use it in handler code, in a tool with "
+                    '`metadata={"restate": False}` for instance.'
+                )
+            return method(*args, **kwargs)
+
+        return write
 
     def _announced(self, method: Callable[..., T]) -> Callable[..., T]:
         @wraps(method)
@@ -516,7 +534,12 @@ UpDownCounter.add = _once(UpDownCounter.add)
 Histogram.record = _once(Histogram.record)
 
 
+def current_attempt() -> AttemptTelemetry | None:
+    """Return the attempt whose handler code is running, whether or not it is held, `None` anywhere else."""
+    return getattr(asyncio._get_running_loop(), "telemetry", None)
+
+
 def current_telemetry() -> AttemptTelemetry | None:
     """Return the telemetry of the attempt whose handler code is running, `None` anywhere else."""
-    telemetry: AttemptTelemetry | None = getattr(asyncio._get_running_loop(), "telemetry", None)
+    telemetry = current_attempt()
     return telemetry if telemetry is not None and telemetry.holds else None

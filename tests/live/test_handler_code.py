@@ -290,3 +290,30 @@ async def test_a_handler_elsewhere_is_refused_at_once(server: RestateServer) -> 
         assert response.status_code == 500
         assert "durable.app([...services])" in response.json()["message"]
     assert done["model"] == 0
+
+
+async def test_a_step_cannot_use_its_handlers_context(server: RestateServer) -> None:
+    """It is told so before anything is in the journal, where the next replay would not find it."""
+    service = restate.Service("Nested", invocation_retry_policy=AT_MOST_TWICE)
+
+    @service.handler()
+    async def run(ctx: restate.Context, use: str) -> None:
+        async def step() -> None:
+            if use == "send":
+                ctx.generic_send("Nested", "run", b'"none"')
+            elif use == "sleep":
+                await ctx.sleep(timedelta(milliseconds=1))
+
+        def in_thread() -> None:
+            ctx.generic_send("Nested", "run", b'"none"')
+
+        await ctx.run_typed("step", in_thread if use == "thread" else step)
+        await ctx.run_typed("after", after)
+
+    async with hosted(server, service) as ingress:
+        for use in ("send", "sleep", "thread"):
+            response = await ingress.post("Nested/run", use)
+            assert response.status_code == 500, response.text
+            assert "used inside a step" in response.json()["message"]
+            assert not await ingress.entries("Nested", "OneWayCall")
+            assert not await ingress.entries("Nested", "Sleep")
