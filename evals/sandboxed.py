@@ -19,29 +19,9 @@ FILES = 10
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _DEVICES = ("/dev/null", "/dev/urandom")
 _LOOKS = ("os.listdir", "os.scandir")
-_COMPUTES = (
-    *(
-        "import",
-        "compile",
-        "exec",
-        "marshal.",
-        "pickle.",
-        "object.",
-        "code.",
-        "function.",
-        "array.",
-    ),
-    *(
-        "builtins.",
-        "sys.",
-        "cpython.",
-        "gc.",
-        "time.",
-        "_thread.",
-        "glob.",
-        "pathlib.",
-        "tempfile.",
-    ),
+_COMPUTES = tuple(
+    "import compile exec marshal. pickle. object. code. function. array. builtins. sys. cpython. gc. time. _thread. "
+    "glob. pathlib. tempfile.".split()
 )
 """The audit events of what stays in this process."""
 
@@ -122,4 +102,5 @@ def _paths(*, own: str, readable: list[str]) -> Callable[..., None]:
     return check
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -60,7 +60,8 @@ class TurnOptions(TypedDict, total=False):
     """Options of a message in a session."""
 
     idempotency_key: IdempotencyKey | None
-    """Calls of a handler with the same key are one invocation, and get its result; `DERIVED` makes one of the input."""
+    """Calls of a handler with the same key are one invocation, and get its result; `DERIVED` makes one of the input
+    as it is sent: where that has no fixed order, as with sets and dicts, give a key of your own."""
 
     timeout: timedelta | None
     """How long to wait for the output. The run goes on without the caller."""
@@ -80,7 +81,7 @@ class SendOptions(TypedDict, total=False):
     """The key of the virtual object, or of the workflow."""
 
     idempotency_key: IdempotencyKey | None
-    """Calls of a handler with the same key are one invocation; `DERIVED` makes one of the input."""
+    """Calls of a handler with the same key are one invocation; `DERIVED` makes one of the input, as in a call."""
 
     delay: timedelta
     """When it begins, from now."""

@@ -214,6 +214,7 @@ class TestWorker:
                     await http.post(f"{server.ingress_url}/Sleeper/nap/send")
                 await until_in_step(server)
                 started = asyncio.get_running_loop().time()
+            # the step would take 60
             assert asyncio.get_running_loop().time() - started < 30
             assert gone(worker.pid)
 
